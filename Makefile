@@ -1,0 +1,109 @@
+# Builds redis-server with slot migration: fetches upstream, assembles it with
+# our patches and files in build/redis, and lets upstream's own Makefile build
+# it there. Upstream's variables pass through: BUILD_TLS, MALLOC, SANITIZER,
+# PREFIX, CFLAGS and the rest. Ours:
+#
+#   BUILD=DIR        the build directory; another one is a wholly separate build
+#   UPSTREAM=FILE    use this orig tarball of upstream's instead of asking apt
+#   ONLY=VERSION     accept this upstream version alone
+#   FORCE=1          give up edits of the assembled tree that stand in the way
+#   PYTHON=PROGRAM   let upstream's Makefile regenerate commands.def and the like
+#
+# The work is done by the scripts in deps/redis, each of which says at its head
+# what it does; this file only says what depends on what.
+
+BUILD = build
+CACHE = $(BUILD)
+UPSTREAM =
+ONLY =
+FORCE =
+
+tree = $(BUILD)/redis
+fetched = $(BUILD)/state/fetched
+programs = redis-server redis-sentinel redis-cli redis-benchmark redis-check-rdb redis-check-aof
+
+# Ours are not for upstream's Makefiles to see. Without python they take the
+# generated files as they are, which is what a user's machine should do.
+MAKEOVERRIDES := $(filter-out BUILD=% CACHE=% UPSTREAM=% ONLY=% FORCE=%,$(MAKEOVERRIDES))
+python := $(if $(filter command line,$(origin PYTHON)),$(PYTHON))
+upstream_make = $(MAKE) --no-print-directory -C $(tree)/src PYTHON='$(python)'
+
+.PHONY: all
+all: assemble settings ## build the programs, in build/redis/src (the default)
+	+@$(upstream_make) all
+
+.PHONY: $(programs)
+$(programs): assemble settings ## (or one of them alone)
+	+@$(upstream_make) $@
+
+.PHONY: install
+install: assemble settings ## install them under PREFIX, as upstream's install does
+	+@$(upstream_make) install
+
+# Upstream remembers CFLAGS of the last build and lets them win over SANITIZER;
+# so another SANITIZER than last time begins with a clean slate.
+.PHONY: settings
+settings: assemble
+ifneq ($(origin SANITIZER),undefined)
+	@if [ "$$(cat $(BUILD)/state/sanitizer 2>/dev/null)" != '$(SANITIZER)' ]; then \
+	    $(MAKE) --no-print-directory -C $(tree)/src SANITIZER= distclean >/dev/null && \
+	    echo '$(SANITIZER)' >$(BUILD)/state/sanitizer; \
+	fi
+endif
+
+# With UPSTREAM= or ONLY= the answer may differ from what is there already.
+.PHONY: fetch
+fetch: ## get upstream's source, or its newest Debian revision if there is one
+	@deps/redis/fetch -b '$(BUILD)' -c '$(CACHE)' $(if $(ONLY),-v '$(ONLY)') $(if $(UPSTREAM),-t '$(UPSTREAM)')
+
+$(fetched):
+	@deps/redis/fetch -b '$(BUILD)' -c '$(CACHE)'
+
+.PHONY: assemble
+assemble: $(if $(UPSTREAM)$(ONLY),fetch,$(fetched)) ## make build/redis of upstream, our patches and our files
+	@deps/redis/assemble '$(BUILD)' $(FORCE)
+
+.PHONY: patches
+patches: ## regenerate deps/redis/patches from the edits made in build/redis
+	@deps/redis/export '$(BUILD)' $(FORCE)
+
+.PHONY: commands
+commands: assemble ## regenerate commands.def from the .json files (needs python3)
+	cd $(tree)/src && python3 ../utils/generate-command-code.py
+
+.PHONY: check-upstreams
+check-upstreams: ## assemble and compile every upstream version that the lock accepts
+	@deps/redis/check-upstreams '$(BUILD)' '$(MAKE)'
+
+.PHONY: dist
+dist: assemble ## write the source tarball, which builds anywhere with plain make
+	@deps/redis/dist '$(BUILD)'
+
+.PHONY: test check test-upstream demo
+check: all ## our tests, the quick ones
+	tests/run --quick
+test: all ## our tests
+	tests/run
+test-upstream: all ## our tests and upstream's
+	tests/run --all
+demo: all ## a cluster of several nodes that moves slots before your eyes
+	utils/demo
+
+.PHONY: clean
+clean: ## remove what was compiled; the next make compiles everything
+	@if [ -d '$(tree)/src' ]; then $(MAKE) --no-print-directory -C $(tree)/src distclean >/dev/null; fi
+	@rm -f '$(BUILD)/state/sanitizer'
+
+.PHONY: clean-tree
+clean-tree: ## remove build/redis with all edits made in it
+	rm -rf '$(tree)'
+	@rm -f '$(BUILD)/state/tree.id' '$(BUILD)/state/tree.sums' '$(BUILD)/state/bodies' '$(BUILD)/state/sanitizer'
+
+.PHONY: distclean
+distclean: ## remove the build directory
+	rm -rf '$(BUILD)'
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z$$().-]+:.*## / { sub(/^\$$.programs./, "redis-...", $$1); printf "  %-16s %s\n", $$1, $$2 }' Makefile
+	@awk '/^# +[A-Z]+=/ { sub(/^# +/, "  "); print }' Makefile

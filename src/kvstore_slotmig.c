@@ -1,0 +1,92 @@
+/* kvstore_slotmig.c -- move one dict between two kvstores in O(1).
+ *
+ * Included at the end of kvstore.c because it keeps that file's private
+ * counters true: key and bucket counts, the binary indexed tree, the list of
+ * dicts that are rehashing, the histograms of key sizes. A slot is attached to
+ * a database and detached from it with this and nothing else.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+/* Account for `delta` keys that came or went at once in dict `didx`, which has
+ * them already (or no more). cumulativeKeyCountAdd() only counts one by one. */
+static void kvstoreAccountDict(kvstore *kvs, int didx, long long delta) {
+    kvs->key_count += delta;
+    if (delta > 0) kvs->non_empty_dicts++;
+    else if (delta < 0) kvs->non_empty_dicts--;
+    if (kvs->num_dicts == 1) return;
+    for (int idx = didx+1; idx <= kvs->num_dicts; idx += idx & -idx)
+        kvs->dict_size_index[idx] += delta;
+}
+
+/* Add (sign 1) or take away (sign -1) what a dict contributes to the sums its
+ * kvstore keeps. */
+static void kvstoreAccountBuckets(kvstore *kvs, dict *d, int sign) {
+    unsigned long long from = 0, to = 0;
+    if (dictIsRehashing(d)) {
+        /* "Rehashing started" counted the new table, the old one is still in. */
+        dictRehashingInfo(d,&from,&to);
+        kvs->overhead_hashtable_rehashing += sign*(long long)from;
+        kvs->overhead_hashtable_lut += sign*(long long)(from+to);
+        kvs->bucket_count += sign*(long long)(from+to);
+    } else {
+        kvs->overhead_hashtable_lut += sign*(long long)dictBuckets(d);
+        kvs->bucket_count += sign*(long long)dictBuckets(d);
+    }
+}
+
+static void kvstoreAccountHistogram(kvstore *kvs, dict *d, int sign) {
+    if (!(kvs->flags & KVSTORE_ALLOC_META_KEYS_HIST)) return;
+    kvstoreDictMetaEx *meta = (kvstoreDictMetaEx *)dictMetadata(d);
+    kvstoreMetadata *sum = kvstoreGetMetadata(kvs);
+    for (int t = 0; t < MAX_KEYSIZES_TYPES; t++)
+        for (int b = 0; b < MAX_KEYSIZES_BINS; b++)
+            sum->keysizes_hist[t][b] += sign*(int64_t)meta->meta.keysizes_hist[t][b];
+}
+
+/* Move the dict `sidx` of `src` to the place `didx` of `dst`.
+ *
+ * Both were created with the same KVSTORE_ALLOC_META_KEYS_HIST flag and with
+ * dict types that agree on keys and values. The place in `dst` holds no key (an
+ * empty dict there is released). Nobody iterates over the dict (it is not
+ * paused). Does nothing when `src` has no dict there. Neither kvstore may be in
+ * use by another thread. */
+void kvstoreMoveDict(kvstore *src, int sidx, kvstore *dst, int didx) {
+    dict *d = kvstoreGetDict(src,sidx), *old = kvstoreGetDict(dst,didx);
+    if (d == NULL) return;
+    assert((src->flags & KVSTORE_ALLOC_META_KEYS_HIST) ==
+           (dst->flags & KVSTORE_ALLOC_META_KEYS_HIST));
+    assert(!dictIsRehashingPaused(d));
+
+    if (old) {
+        assert(dictSize(old) == 0 && !dictIsRehashingPaused(old));
+        /* dictRelease() ends a rehash, which accounts for the old table and
+         * the list node; nobody accounts for the remaining table. */
+        size_t left = DICTHT_SIZE(old->ht_size_exp[dictIsRehashing(old) ? 1 : 0]);
+        dst->bucket_count -= left;
+        dst->overhead_hashtable_lut -= left;
+        dictRelease(old);
+        dst->allocated_dicts--;
+    }
+
+    kvstoreDictMetaBase *meta = (kvstoreDictMetaBase *)dictMetadata(d);
+    if (meta->rehashing_node) listDelNode(src->rehashing,meta->rehashing_node);
+    kvstoreAccountBuckets(src,d,-1);
+    kvstoreAccountHistogram(src,d,-1);
+    src->dicts[sidx] = NULL;
+    src->allocated_dicts--;
+    kvstoreAccountDict(src,sidx,-(long long)dictSize(d));
+
+    /* The type leads back to the kvstore (its userdata): without this the
+     * callbacks of a dict freed in the background would run on `src`. */
+    d->type = &dst->dtype;
+    dst->dicts[didx] = d;
+    dst->allocated_dicts++;
+    if (meta->rehashing_node) {
+        listAddNodeTail(dst->rehashing,d);
+        meta->rehashing_node = listLast(dst->rehashing);
+    }
+    kvstoreAccountBuckets(dst,d,1);
+    kvstoreAccountHistogram(dst,d,1);
+    kvstoreAccountDict(dst,didx,(long long)dictSize(d));
+}

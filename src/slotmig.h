@@ -1,0 +1,78 @@
+/* slotmig.h -- what the hooks in upstream's files may call.
+ *
+ * Nothing but this header is included there. All functions run on the main
+ * thread unless they say otherwise; all are cheap (one load and one
+ * predictable branch) while the node has no job.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#ifndef SLOTMIG_H
+#define SLOTMIG_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include "slotmig_version.h"
+
+struct client;
+struct _clusterNode;
+struct redisOpArray;
+struct redisDb;
+struct _kvstore;
+struct RedisModuleType;
+
+/* How many jobs are not finished. The first test of every hook below. */
+extern int slotmig_jobs_active;
+#define slotmigActive() (__builtin_expect(slotmig_jobs_active != 0, 0))
+
+/* Directives, see redis.conf. Set through config.c only. */
+struct slotmigConfig {
+    long long handoff_max_lag;      /* Bytes the target may lag behind when the fence goes up. */
+    long long write_pause_timeout;  /* Milliseconds a fence may stand before the attempt is given up. */
+    unsigned long long buffer_limit;/* Bytes of stream that may wait on either side. */
+    long long log_max_len;          /* Finished jobs to remember. */
+};
+extern struct slotmigConfig slotmig_config;
+
+/* ---- server life ---- */
+void slotmigInit(void);                 /* once, from clusterInit() */
+void slotmigBeforeSleep(void);          /* every turn of the event loop */
+void slotmigShutdown(void);             /* before the process exits: ends threads and children */
+char *slotmigInfo(char *info);          /* sds in, sds out: fields of INFO and CLUSTER INFO */
+
+/* ---- commands: returns 1 when the CLUSTER subcommand was ours ---- */
+int slotmigCommand(struct client *c);
+
+/* ---- the source: feed, fence, closed slots ---- */
+int slotmigFeeds(void);                              /* does a job follow the writes? */
+void slotmigFeed(struct redisOpArray *ops);          /* one execution unit, about to be propagated */
+int slotmigMustWait(struct client *c, int may_replicate); /* is this command behind a fence? */
+int slotmigFenced(void);                             /* is any fence up? */
+int slotmigHoldClient(struct client *c, int slot);   /* a client that came to the target a moment early: postponed */
+struct _clusterNode *slotmigSlotOwner(int slot, struct _clusterNode *owner); /* whom to name for a closed slot */
+
+/* ---- the cluster's slot map ---- */
+int slotmigRefuseSlotChange(struct client *c, int slot); /* 1: replied with an error, the slot is in a job */
+int slotmigKeepsLostSlot(int slot);                  /* 1: the job trims it, do not delete its keys */
+void slotmigClusterReset(void);
+
+/* ---- the key space ---- */
+void slotmigFlushed(struct redisDb *dbarray, int dbnum); /* before db `dbnum` (-1: all) is emptied */
+extern int slotmig_applying;            /* A command of the stream runs in a shadow right now. */
+#define slotmigApplying() (__builtin_expect(slotmig_applying, 0))
+
+/* Hash-field expiry of a shadow lives in an ebuckets of its own. Items carry
+ * its number (1..7, 0 is the database's own) in ExpireMeta.userData, so that
+ * keys move between databases without touching them. Any thread. */
+unsigned slotmigEbTag(void *eb);
+void **slotmigEbOwner(void **eb, unsigned tag);
+
+/* ---- kvstore_slotmig.c, part of kvstore.c ---- */
+void kvstoreMoveDict(struct _kvstore *src, int sidx, struct _kvstore *dst, int didx);
+
+/* ---- inside upstream's RDB reader, on the loader's thread ---- */
+int slotmigInLoader(void);                      /* any thread */
+int slotmigLoaderError(const char *msg);        /* any thread; 1: taken, do not log or exit */
+struct RedisModuleType *slotmigLoaderModuleType(uint64_t id);
+
+#endif

@@ -1,0 +1,156 @@
+/* slotmig_feed.c -- the scoped stream: which propagated commands go to a job.
+ *
+ * Upstream collects what an execution unit (a command, a transaction, a script,
+ * an expired key ...) wants to be replicated in server.also_propagate and writes
+ * it to the AOF and the backlog at its end. There slotmigFeed() sees the whole
+ * unit, after it got its place in the replication stream. It finds each
+ * command's slot and sends, to every job that follows that slot, one frame with
+ * the unit's commands on the job's slots and the offset behind the unit.
+ *
+ * MULTI and EXEC are not sent: the target's copy is seen by nobody until it is
+ * complete, so a unit needs no brackets there.
+ *
+ * Keys-less commands are not slot data (PUBLISH, FUNCTION, SCRIPT); FLUSHALL and
+ * its like come to the job by slotmigFlushed(). A command whose keys are in
+ * several slots (a module's, or a script's with allow-cross-slot-keys) cannot be
+ * split: it fails the jobs it touches.
+ *
+ * Main thread only.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#include "slotmig_job.h"
+
+int slotmigFeeds(void) {
+    if (!slotmigActive()) return 0;
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (slotmigSourceFollows(listNodeValue(ln))) return 1;
+    return 0;
+}
+
+#define SLOT_NONE -1        /* no keys: nothing for any job */
+#define SLOT_SEVERAL -2
+
+/* A propagated command, ready to be framed. Modules may propagate arguments
+ * encoded as integers, which neither the key extractors nor we read. */
+typedef struct feedOp {
+    struct redisCommand *cmd;
+    robj **argv;
+    int argc, slot, decoded;
+    getKeysResult keys;
+} feedOp;
+
+static void feedOpInit(feedOp *op, redisOp *rop) {
+    op->argv = rop->argv;
+    op->argc = rop->argc;
+    op->decoded = 0;
+    op->slot = SLOT_NONE;
+    op->keys = (getKeysResult)GETKEYS_RESULT_INIT;
+    for (int i = 0; i < op->argc; i++)
+        if (!sdsEncodedObject(rop->argv[i])) op->decoded = 1;
+    if (op->decoded) {
+        op->argv = zmalloc(sizeof(robj*)*op->argc);
+        for (int i = 0; i < op->argc; i++) op->argv[i] = getDecodedObject(rop->argv[i]);
+    }
+    op->cmd = lookupCommandOrOriginal(op->argv,op->argc);
+    if (op->cmd == NULL || op->cmd->flags & CMD_PUBSUB ||
+        !(op->cmd->flags & (CMD_WRITE|CMD_MAY_REPLICATE))) return;
+    int n = getKeysFromCommand(op->cmd,op->argv,op->argc,&op->keys);
+    for (int i = 0; i < n; i++) {
+        sds key = op->argv[op->keys.keys[i].pos]->ptr;
+        int slot = keyHashSlot(key,sdslen(key));
+        if (op->slot == SLOT_NONE) op->slot = slot;
+        else if (op->slot != slot) op->slot = SLOT_SEVERAL;
+    }
+}
+
+static void feedOpFree(feedOp *op) {
+    getKeysFreeResult(&op->keys);
+    if (!op->decoded) return;
+    for (int i = 0; i < op->argc; i++) decrRefCount(op->argv[i]);
+    zfree(op->argv);
+}
+
+/* Is any key of the command in one of the job's slots? */
+static int feedOpTouches(feedOp *op, slotMigJob *job) {
+    if (op->slot != SLOT_SEVERAL) return op->slot >= 0 && slotSetHas(&job->slots,op->slot);
+    for (int i = 0; i < op->keys.numkeys; i++) {
+        sds key = op->argv[op->keys.keys[i].pos]->ptr;
+        if (slotSetHas(&job->slots,keyHashSlot(key,sdslen(key)))) return 1;
+    }
+    return 0;
+}
+
+/* By its built-in name: the target may have renamed it otherwise. */
+static sds frameCommand(sds f, feedOp *op) {
+    struct redisCommand *top = op->cmd->parent ? op->cmd->parent : op->cmd;
+    f = slotmigFrameInt(f,op->slot,2);
+    f = slotmigFrameInt(f,op->argc,4);
+    for (int i = 0; i < op->argc; i++) {
+        const char *p = i == 0 ? top->declared_name : op->argv[i]->ptr;
+        size_t len = i == 0 ? strlen(p) : sdslen(op->argv[i]->ptr);
+        f = slotmigFrameInt(f,len,4);
+        f = sdscatlen(f,p,len);
+    }
+    return f;
+}
+
+#define OPS_COUNT_AT 13     /* of the number of commands: behind length, type, offset */
+
+/* The commands of a unit on this job's slots, as one frame. */
+static void feedJob(slotMigJob *job, feedOp *ops, int n) {
+    sds f = NULL;
+    uint32_t count = 0;
+    for (int i = 0; i < n; i++) {
+        if (!feedOpTouches(ops+i,job)) continue;
+        if (ops[i].slot == SLOT_SEVERAL) {
+            if (f) sdsfree(f);
+            slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),
+                "the command '%s' wrote keys of several slots at once: keep it from the "
+                "slots %s while they move",ops[i].cmd->fullname,job->ranges));
+            return;
+        }
+        if (f == NULL) {
+            f = slotmigFrameInt(slotmigFrameStart(FRAME_OPS),server.master_repl_offset,8);
+            f = slotmigFrameInt(f,0,4);
+        }
+        f = frameCommand(f,ops+i);
+        count++;
+    }
+    if (f == NULL) return;
+    for (int i = 0; i < 4; i++) f[OPS_COUNT_AT+i] = count >> (8*i);
+    size_t bytes = sdslen(f);
+    slotmigLinkSend(slotmigSourceStream(job),f);
+    slotmigSourceWrote(job,bytes);
+}
+
+/* Called at the end of an execution unit. A module's key extractor runs module
+ * code, whose end would be the end of a unit: hence our own around it. */
+void slotmigFeed(redisOpArray *ops) {
+    feedOp few[8], *all = few;
+    int n = 0;
+    if (!slotmigFeeds()) return;
+    if (ops->numops > 8) all = zmalloc(sizeof(*all)*ops->numops);
+
+    enterExecutionUnit(0,0);
+    for (int i = 0; i < ops->numops; i++) {
+        if (!(ops->ops[i].target & PROPAGATE_REPL)) continue;
+        feedOpInit(all+n,ops->ops+i);
+        n++;
+    }
+    exitExecutionUnit();
+
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (slotmigSourceFollows(job)) feedJob(job,all,n);
+    }
+    for (int i = 0; i < n; i++) feedOpFree(all+i);
+    if (all != few) zfree(all);
+}

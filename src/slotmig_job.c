@@ -1,0 +1,413 @@
+/* slotmig_job.c -- jobs: their states, the log of ended ones, the timer.
+ *
+ * A job moves a set of slots from this node (role source) or to it (role
+ * target); each of the two nodes has its own record of it, under the same id.
+ *
+ *   source                                    target
+ *   OFFERED    the target is asked      ----> may refuse, nothing happened
+ *   WAITING    for its connections      <---- CONNECTING
+ *   SNAPSHOT   a child sends the slots  ----> LOADING     into the shadow
+ *              writes are followed      ---->             queued or applied
+ *   STREAMING  snapshot is there        <---- FOLLOWING
+ *   FENCED     writes to the slots wait ----> PREPARING   up to the cut
+ *              counts are compared      <---- PREPARED    bound
+ *   COMMITTED  the slots are closed     ----> takes over: epoch, slot map, merge
+ *   TRIMMING   our copy goes            <---- DONE
+ *   DONE
+ *
+ * Until COMMITTED the source alone may end a job: it lifts the fence and goes on
+ * as if nothing had been. A target ends its side by itself until PREPARED; from
+ * there it waits for the source's word, and asks for it when the link is gone.
+ * From COMMITTED on the source waits for the target's word, and asks. Whoever
+ * does not know a job any more answers by the slot map (slotmig_target.c).
+ * What this version leaves out of the whole protocol stands in src/README.md.
+ *
+ * A job's state changes in slotmigSetState() only. An ended job stays in the log
+ * and costs nothing per command: every hook looks at slotmig_jobs_active first.
+ *
+ * Main thread only.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#include "slotmig_job.h"
+
+#define TICK_MS 10          /* between two steps of the jobs, when nothing else calls for one */
+#define SLICE_US 1000       /* of work on the main thread in one turn of the event loop */
+
+struct slotmigConfig slotmig_config;
+int slotmig_jobs_active;
+list *slotmig_jobs, *slotmig_log;
+failPointAction slotmig_failpoints[FP_COUNT];
+
+static long long timer_id = AE_DELETED_EVENT_ID;
+static int draining;        /* merged shadows may have hashes to hand over */
+static struct { unsigned long long done, failed, cancelled, keys_in, keys_out, longest_pause_us; } stats;
+
+const char *slotmig_state_names[SLOTMIG_NUM_STATES] = {
+    "offered","waiting","snapshot","streaming","fenced","committed","trimming",
+    "connecting","loading","following","preparing","prepared",
+    "done","failed","cancelled"
+};
+
+/* ---- sets of slots ---- */
+
+void slotSetClear(slotSet *s) {
+    memset(s,0,sizeof(*s));
+}
+
+int slotSetHas(const slotSet *s, int slot) {
+    return s->bits[slot/8] >> (slot%8) & 1;
+}
+
+void slotSetAdd(slotSet *s, int slot) {
+    if (slotSetHas(s,slot)) return;
+    s->bits[slot/8] |= 1 << (slot%8);
+    s->count++;
+}
+
+void slotSetRemove(slotSet *s, int slot) {
+    if (!slotSetHas(s,slot)) return;
+    s->bits[slot/8] &= ~(1 << (slot%8));
+    s->count--;
+}
+
+int slotSetNext(const slotSet *s, int slot) {
+    for (; slot < CLUSTER_SLOTS; slot++) {
+        if (s->bits[slot/8] == 0) { slot |= 7; continue; }
+        if (slotSetHas(s,slot)) return slot;
+    }
+    return -1;
+}
+
+sds slotSetToString(const slotSet *s) {
+    sds text = sdsempty();
+    int first = slotSetNext(s,0);
+    while (first != -1) {
+        int last = first;
+        while (last+1 < CLUSTER_SLOTS && slotSetHas(s,last+1)) last++;
+        if (sdslen(text)) text = sdscatlen(text," ",1);
+        text = first == last ? sdscatfmt(text,"%i",first) : sdscatfmt(text,"%i-%i",first,last);
+        first = slotSetNext(s,last+1);
+    }
+    return text;
+}
+
+/* ---- life of a job ---- */
+
+void slotmigInit(void) {
+    slotmig_jobs = listCreate();
+    slotmig_log = listCreate();
+}
+
+slotMigJob *slotmigCreateJob(slotMigRole role, const char *id, const slotSet *slots, const char *peer) {
+    slotMigJob *job = zcalloc(sizeof(*job));
+    if (id) memcpy(job->id,id,SLOTMIG_ID_LEN);
+    else getRandomHexChars(job->id,SLOTMIG_ID_LEN);
+    job->role = role;
+    job->state = role == SLOTMIG_SOURCE ? SLOTMIG_OFFERED : SLOTMIG_CONNECTING;
+    job->slots = *slots;
+    job->ranges = slotSetToString(slots);
+    memcpy(job->peer,peer,CLUSTER_NAMELEN);
+    job->reason = sdsempty();
+    job->last_error = sdsempty();
+    job->created = job->state_since = mstime();
+    listAddNodeTail(slotmig_jobs,job);
+    slotmig_jobs_active++;
+    slotmigWantTimer();
+    return job;
+}
+
+static void freeJob(slotMigJob *job) {
+    sdsfree(job->ranges);
+    sdsfree(job->reason);
+    sdsfree(job->last_error);
+    zfree(job);
+}
+
+int slotmigEnded(const slotMigJob *job) {
+    return job->state >= SLOTMIG_DONE;
+}
+
+static slotMigJob *findIn(list *l, const char *id) {
+    listIter li;
+    listNode *ln;
+    listRewind(l,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (!memcmp(job->id,id,SLOTMIG_ID_LEN)) return job;
+    }
+    return NULL;
+}
+
+slotMigJob *slotmigFindJob(const char *id) {
+    slotMigJob *job = findIn(slotmig_jobs,id);
+    return job ? job : findIn(slotmig_log,id);
+}
+
+slotMigJob *slotmigJobOfSlot(int slot) {
+    listIter li;
+    listNode *ln;
+    if (!slotmigActive()) return NULL;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (slotSetHas(&job->slots,slot)) return job;
+    }
+    return NULL;
+}
+
+clusterNode *slotmigPeer(const slotMigJob *job) {
+    return clusterLookupNode(job->peer,CLUSTER_NAMELEN);
+}
+
+sds slotmigNodeName(const clusterNode *n) {
+    return sdscatprintf(sdsempty(),"%.40s (%s:%d)",n->name,n->ip,
+        server.tls_cluster ? n->tls_port : n->tcp_port);
+}
+
+void slotmigSetReason(slotMigJob *job, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap,fmt);
+    sds reason = sdscatvprintf(sdsempty(),fmt,ap);
+    va_end(ap);
+    if (sdscmp(reason,job->reason) && sdslen(reason))
+        serverLog(LL_VERBOSE,"Slot migration %.8s: %s (%s)",job->id,reason,slotmig_state_names[job->state]);
+    sdsfree(job->reason);
+    job->reason = reason;
+}
+
+void slotmigSetState(slotMigJob *job, slotMigState state, const char *reason) {
+    mstime_t now = mstime();
+    job->phase_ms[job->state] += now - job->state_since;
+    job->state_since = now;
+    job->state = state;
+    sdsfree(job->reason);
+    job->reason = sdsnew(reason ? reason : "");
+    serverLog(LL_NOTICE,"Slot migration %.8s (%s, %s %.8s, slots %.200s): %s%s%s. keys %llu/%llu, bytes %llu",
+        job->id,job->role == SLOTMIG_SOURCE ? "source" : "target",
+        job->role == SLOTMIG_SOURCE ? "to" : "from",job->peer,job->ranges,
+        slotmig_state_names[state],reason ? ": " : "",reason ? reason : "",
+        job->keys_done,job->keys_total,job->bytes_done);
+}
+
+static void trimLog(void) {
+    while ((long long)listLength(slotmig_log) > slotmig_config.log_max_len) {
+        freeJob(listNodeValue(listLast(slotmig_log)));
+        listDelNode(slotmig_log,listLast(slotmig_log));
+    }
+}
+
+void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason) {
+    job->ended = mstime();
+    slotmigSetState(job,state,reason);
+    if (job->src) slotmigSourceFree(job);
+    if (job->tgt) slotmigTargetFree(job);
+    listDelNode(slotmig_jobs,listSearchKey(slotmig_jobs,job));
+    slotmig_jobs_active--;
+    listAddNodeHead(slotmig_log,job);
+    if (state == SLOTMIG_DONE) {
+        stats.done++;
+        if (job->role == SLOTMIG_SOURCE) stats.keys_out += job->trimmed;
+        else { stats.keys_in += job->keys_done; draining = 1; }
+        if ((unsigned long long)job->write_pause_us > stats.longest_pause_us)
+            stats.longest_pause_us = job->write_pause_us;
+    } else if (state == SLOTMIG_FAILED) {
+        stats.failed++;
+    } else {
+        stats.cancelled++;
+    }
+    slotmigWantTimer();
+}
+
+void slotmigFail(slotMigJob *job, slotMigState state, sds error) {
+    sdsfree(job->last_error);
+    job->last_error = error;
+    slotmigEndJob(job,state,error);
+}
+
+/* ---- what makes jobs go on ---- */
+
+void slotmigJobStep(slotMigJob *job) {
+    if (slotmigEnded(job)) return;
+    if (job->role == SLOTMIG_SOURCE) slotmigSourceStep(job);
+    else slotmigTargetStep(job);
+}
+
+/* Jobs may end while they step, so walk over a copy. */
+static void stepAll(void) {
+    int n = listLength(slotmig_jobs), i = 0;
+    if (n == 0) return;
+    slotMigJob **jobs = zmalloc(sizeof(*jobs)*n);
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) jobs[i++] = listNodeValue(ln);
+    for (i = 0; i < n; i++) slotmigJobStep(jobs[i]);
+    zfree(jobs);
+    trimLog();
+}
+
+/* Is there work that only waits for its next slice? */
+static int busy(void) {
+    listIter li;
+    listNode *ln;
+    if (draining) return 1;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (job->state == SLOTMIG_TRIMMING && !slotmig_failpoints[FP_source_before_trim]) return 1;
+        if (job->tgt && slotmigTargetBusy(job)) return 1;
+    }
+    return 0;
+}
+
+static int timerFired(struct aeEventLoop *el, long long id, void *data) {
+    UNUSED(el); UNUSED(id); UNUSED(data);
+    if (isInsideYieldingLongCommand() || server.loading) return TICK_MS;
+    stepAll();
+    if (draining && slotmigShadowDrainStep(getMonotonicUs()+SLICE_US)) draining = 0;
+    if (listLength(slotmig_jobs) == 0 && !draining) {
+        timer_id = AE_DELETED_EVENT_ID;
+        return AE_NOMORE;
+    }
+    return busy() ? 0 : TICK_MS;
+}
+
+void slotmigWantTimer(void) {
+    if (timer_id == AE_DELETED_EVENT_ID)
+        timer_id = aeCreateTimeEvent(server.el,0,timerFired,NULL,NULL);
+}
+
+monotime slotmigSliceEnd(void) {
+    return getMonotonicUs()+SLICE_US;
+}
+
+/* The end of a turn: take over connections, send what was framed in it. */
+void slotmigBeforeSleep(void) {
+    if (!slotmigActive()) return;
+    listIter li;
+    listNode *ln;
+    slotmigSourceBeforeSleep();
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        slotMigLink *l = job->src ? slotmigSourceStream(job) : slotmigTargetStream(job);
+        if (l && listLength(l->out)) slotmigLinkFlush(l);
+    }
+}
+
+/* End all jobs that can still be ended by this node alone. */
+static void endAll(const char *why) {
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (slotmigCancellable(job)) slotmigFail(job,SLOTMIG_FAILED,sdsnew(why));
+    }
+}
+
+/* A job that is past the point where this node may end it alone. */
+int slotmigCancellable(const slotMigJob *job) {
+    if (job->role == SLOTMIG_SOURCE) return job->state < SLOTMIG_COMMITTED;
+    return job->state < SLOTMIG_PREPARED;
+}
+
+void slotmigClusterReset(void) {
+    endAll("CLUSTER RESET of this node");
+    /* What remains waits for a word of a cluster that this node has left. */
+    while (listLength(slotmig_jobs))
+        slotmigFail(listNodeValue(listFirst(slotmig_jobs)),SLOTMIG_FAILED,sdsnew("CLUSTER RESET of this node"));
+}
+
+void slotmigShutdown(void) {
+    if (slotmig_jobs == NULL) return;
+    endAll("the node shuts down");
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (job->src) slotmigSourceFree(job);
+        if (job->tgt) slotmigTargetFree(job);
+    }
+}
+
+/* ---- hooks that ask about slots ---- */
+
+int slotmigRefuseSlotChange(client *c, int slot) {
+    slotMigJob *job = slotmigJobOfSlot(slot);
+    if (job == NULL) return 0;
+    addReplyErrorFormat(c,"Slot %d is in slot migration %s: wait for its end or use CLUSTER "
+        "CANCEL-SLOT-MIGRATIONS ID %s first",slot,job->id,job->id);
+    return 1;
+}
+
+int slotmigKeepsLostSlot(int slot) {
+    slotMigJob *job = slotmigJobOfSlot(slot);
+    return job && job->role == SLOTMIG_SOURCE &&
+        (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_TRIMMING);
+}
+
+void slotmigFlushed(redisDb *dbarray, int dbnum) {
+    if (dbarray != server.db || dbnum > 0) return;
+    slotmigShadowFlushed();
+    if (!slotmigActive()) return;
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (job->role == SLOTMIG_SOURCE) slotmigSourceFlushed(job);
+    }
+}
+
+/* ---- seen from outside ---- */
+
+sds slotmigInfo(sds info) {
+    unsigned long long out = 0, in = 0;
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (job->role == SLOTMIG_SOURCE) out++; else in++;
+    }
+    return sdscatprintf(info,
+        "cluster_slot_migrations_exporting:%llu\r\n"
+        "cluster_slot_migrations_importing:%llu\r\n"
+        "cluster_slot_migrations_done:%llu\r\n"
+        "cluster_slot_migrations_failed:%llu\r\n"
+        "cluster_slot_migrations_cancelled:%llu\r\n"
+        "cluster_slot_migration_keys_exported:%llu\r\n"
+        "cluster_slot_migration_keys_imported:%llu\r\n"
+        "cluster_slot_migration_longest_write_pause_us:%llu\r\n",
+        out,in,stats.done,stats.failed,stats.cancelled,stats.keys_out,stats.keys_in,
+        stats.longest_pause_us);
+}
+
+/* ---- fail points ---- */
+
+failPointAction slotmigFailPoint(failPoint fp) {
+    if (slotmig_failpoints[fp] == FAILPOINT_CRASH) _exit(1);
+    return slotmig_failpoints[fp];
+}
+
+int slotmigSetFailPoint(const char *name, const char *action) {
+    static const char *names[] = {
+#define X(name) #name,
+        SLOTMIG_FAILPOINTS(X)
+#undef X
+    };
+    static const char *actions[] = {"off","fail","pause","crash"};
+    for (int i = 0; i < FP_COUNT; i++) {
+        if (strcasecmp(names[i],name)) continue;
+        for (int j = 0; j < 4; j++) {
+            if (strcasecmp(actions[j],action)) continue;
+            slotmig_failpoints[i] = j;
+            return C_OK;
+        }
+    }
+    return C_ERR;
+}

@@ -1,0 +1,272 @@
+/* slotmig_job.h -- what the slotmig_*.c files share: the job and the calls
+ * between the parts. Not for upstream's files; those include slotmig.h.
+ *
+ * Everything here belongs to the main thread. What the loader's thread and the
+ * snapshot's child may touch stands in slotmig_loader.c and slotmig_source.c.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#ifndef SLOTMIG_JOB_H
+#define SLOTMIG_JOB_H
+
+#include "server.h"
+#include "cluster.h"
+#include "cluster_legacy.h"
+#include "slotmig.h"
+
+#define SLOTMIG_ID_LEN CLUSTER_NAMELEN      /* hex digits of a job's id */
+#define SLOTMIG_PROTOCOL 1                  /* version spoken on the job's connections */
+
+/* ---- sets of slots ---- */
+
+typedef struct slotSet {
+    unsigned char bits[CLUSTER_SLOTS/8];
+    int count;
+} slotSet;
+
+void slotSetClear(slotSet *s);
+void slotSetAdd(slotSet *s, int slot);
+void slotSetRemove(slotSet *s, int slot);
+int slotSetHas(const slotSet *s, int slot);
+int slotSetNext(const slotSet *s, int slot);    /* first member >= slot, -1: none */
+sds slotSetToString(const slotSet *s);          /* "0-99 500" */
+
+/* ---- jobs ---- */
+
+typedef enum { SLOTMIG_SOURCE, SLOTMIG_TARGET } slotMigRole;
+
+/* The states in their order; slotmig_job.c tells who moves a job from one to
+ * the next and what each promises. */
+typedef enum {
+    /* source */
+    SLOTMIG_OFFERED,        /* the target is asked whether it can take the slots */
+    SLOTMIG_WAITING,        /* for the target's connections, then for a child process */
+    SLOTMIG_SNAPSHOT,       /* a child sends the slots, the writes are followed */
+    SLOTMIG_STREAMING,      /* the target has the snapshot, the writes are followed */
+    SLOTMIG_FENCED,         /* writes to the slots wait, the target prepares */
+    SLOTMIG_COMMITTED,      /* the target may take over; the slots are closed here for good */
+    SLOTMIG_TRIMMING,       /* the target owns them, our copy goes */
+    /* target */
+    SLOTMIG_CONNECTING,     /* to the source */
+    SLOTMIG_LOADING,        /* sections arrive */
+    SLOTMIG_FOLLOWING,      /* all sections are here, writes are applied */
+    SLOTMIG_PREPARING,      /* got the cut, applying up to it */
+    SLOTMIG_PREPARED,       /* bound: may neither forget nor take over by itself */
+    /* both */
+    SLOTMIG_DONE,
+    SLOTMIG_FAILED,
+    SLOTMIG_CANCELLED,
+    SLOTMIG_NUM_STATES
+} slotMigState;
+
+extern const char *slotmig_state_names[SLOTMIG_NUM_STATES];
+
+typedef struct slotMigLink slotMigLink;
+typedef struct slotMigSource slotMigSource;
+typedef struct slotMigTarget slotMigTarget;
+
+typedef struct slotMigJob {
+    char id[SLOTMIG_ID_LEN+1];
+    slotMigRole role;
+    slotMigState state;
+    slotSet slots;
+    sds ranges;                         /* slotSetToString(slots) */
+    char peer[CLUSTER_NAMELEN+1];       /* the other node's id */
+    sds reason;                         /* why it is in this state; "" when there is nothing to say */
+    sds last_error;
+    mstime_t created, started, ended, state_since;
+    mstime_t phase_ms[SLOTMIG_NUM_STATES];
+    /* Progress. The target counts, the source hears of it by ACKs. */
+    unsigned long long keys_total, keys_done;
+    unsigned long long bytes_total;     /* the source's estimate until the snapshot is complete */
+    unsigned long long bytes_done;      /* of the snapshot */
+    unsigned long long stream_bytes;    /* of the stream: sent (source), received (target) */
+    unsigned long long stream_applied;  /* of the stream: applied by the target */
+    uint64_t attempt;                   /* n of HANDOFF.md: grows with each cut */
+    long long write_pause_us;
+    unsigned long long trimmed;         /* keys the source let go */
+    uint64_t epoch;                     /* that the target reserved, later owns the slots with */
+    slotMigSource *src;                 /* NULL once ended, or when we are the target */
+    slotMigTarget *tgt;
+} slotMigJob;
+
+extern list *slotmig_jobs;              /* not ended, oldest first */
+extern list *slotmig_log;               /* ended, newest first */
+
+slotMigJob *slotmigCreateJob(slotMigRole role, const char *id, const slotSet *slots, const char *peer);
+slotMigJob *slotmigFindJob(const char *id);         /* also among the ended */
+slotMigJob *slotmigJobOfSlot(int slot);             /* not ended; NULL: none */
+int slotmigEnded(const slotMigJob *job);
+/* The only function that changes a job's state. `reason` may be NULL. */
+void slotmigSetState(slotMigJob *job, slotMigState state, const char *reason);
+void slotmigSetReason(slotMigJob *job, const char *fmt, ...) __attribute__((format(printf,2,3)));
+/* End a job that did not succeed. Takes the sds `error`. Before the commit
+ * (source) or before being bound (target) only. */
+void slotmigFail(slotMigJob *job, slotMigState state, sds error);
+/* Release what a job holds besides its record and put it into the log. */
+void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason);
+void slotmigJobStep(slotMigJob *job);
+void slotmigWantTimer(void);
+monotime slotmigSliceEnd(void);                     /* of work in one turn of the event loop */
+int slotmigCancellable(const slotMigJob *job);      /* may this node end it alone? */
+clusterNode *slotmigPeer(const slotMigJob *job);    /* NULL: forgotten */
+sds slotmigNodeName(const clusterNode *n);          /* for messages: id and address */
+
+/* ---- links: frames over a connection (slotmig_link.c) ---- */
+
+typedef enum {
+    /* source to target */
+    FRAME_SNAPSHOT = 1,     /* u64 point, u64 keys: the snapshot's bytes follow on the other connection */
+    FRAME_OPS,              /* u64 end offset, u32 n, n x { u16 slot, u32 argc, argc x { u32 len, bytes } } */
+    FRAME_CUT,              /* u64 n, u64 offset, u64 configEpoch, u64 currentEpoch */
+    FRAME_COMMIT,           /* u64 n */
+    FRAME_DISCARD,          /* u64 n: this attempt is off, the job goes on */
+    FRAME_ABORT,            /* u8 cancelled, text: the job is off */
+    /* target to source */
+    FRAME_ACK,              /* u64 keys done, u64 snapshot bytes, u64 stream bytes applied, u8 complete */
+    FRAME_PREPARED,         /* u64 n, u64 epoch, u32 slots, slots x { u16 slot, u64 keys, u64 expires } */
+    FRAME_TAKEN,            /* u64 n, u64 epoch */
+    FRAME_LOST,             /* u64 n, text: a commit that could not be taken */
+    FRAME_FAIL,             /* u8 cancelled, text: the job failed at the target */
+    /* both */
+    FRAME_ALIVE,            /* nothing */
+} slotMigFrame;
+
+#define FRAME_HEADER 5      /* length and type */
+
+/* Reader of a frame's payload: every get checks the length and sets `bad`. */
+typedef struct frameReader { const unsigned char *p, *end; int bad; } frameReader;
+uint64_t frameGetInt(frameReader *r, int bytes);
+const char *frameGetBytes(frameReader *r, size_t len);
+
+struct slotMigLink {
+    connection *conn;
+    slotMigJob *job;
+    sds in;                             /* received, not yet a whole frame */
+    list *out;                          /* sds, to be written */
+    size_t out_bytes, out_sent;         /* waiting in `out`; of its first element already written */
+    mstime_t last_read, last_write;
+    int reading_stopped;
+    void (*onFrame)(slotMigJob *job, int type, frameReader *r);
+    void (*onClose)(slotMigJob *job, const char *why);
+};
+
+slotMigLink *slotmigLinkCreate(connection *conn, slotMigJob *job,
+        void (*onFrame)(slotMigJob*, int, frameReader*), void (*onClose)(slotMigJob*, const char*));
+void slotmigLinkFree(slotMigLink *l);
+sds slotmigFrameStart(int type);
+sds slotmigFrameInt(sds f, uint64_t v, int bytes);
+void slotmigLinkSend(slotMigLink *l, sds frame);    /* takes the frame */
+void slotmigLinkFlush(slotMigLink *l);
+void slotmigLinkStopReading(slotMigLink *l, int stop);
+void slotmigLinkSendLine(slotMigLink *l, sds line);
+void slotmigLinkTick(slotMigLink *l);               /* keep-alive and time-out */
+
+/* A connection that we open: authenticates as an internal connection, sends one
+ * command, reads one line. `done` is called once, with the connection (the
+ * callee owns it) and the line on success, else with NULL and the error. */
+typedef struct slotMigDial slotMigDial;
+typedef void slotMigDialDone(connection *conn, const char *line, const char *error, void *arg);
+slotMigDial *slotmigDial(clusterNode *node, int argc, sds *argv, slotMigDialDone *done, void *arg);
+void slotmigDialCancel(slotMigDial *d);             /* `done` is not called */
+connection *slotmigStealConnection(client *c);      /* from a client blocked by its command */
+
+/* ---- the source (slotmig_source.c, slotmig_feed.c) ---- */
+
+slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, sds *error);
+sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what);
+void slotmigSourceBeforeSleep(void);
+void slotmigSourceStep(slotMigJob *job);
+void slotmigSourceFlushed(slotMigJob *job);         /* the node's keys were flushed */
+sds slotmigSourceAnswer(slotMigJob *job);           /* to ASK */
+void slotmigSourceFree(slotMigJob *job);
+slotMigLink *slotmigSourceStream(slotMigJob *job);
+int slotmigSourceFollows(const slotMigJob *job);    /* do its slots' writes go into the stream? */
+void slotmigSourceWrote(slotMigJob *job, size_t bytes);
+void slotmigDatasetChanged(void);
+
+/* ---- the target (slotmig_target.c) ---- */
+
+sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
+                       unsigned long long keys, unsigned long long bytes);
+void slotmigTargetStep(slotMigJob *job);
+int slotmigTargetBusy(const slotMigJob *job);       /* is there work for the next slice? */
+sds slotmigTargetAnswer(slotMigJob *job);           /* to ASK */
+void slotmigTargetFree(slotMigJob *job);
+slotMigLink *slotmigTargetStream(slotMigJob *job);
+
+/* ---- commands (slotmig_command.c) ---- */
+
+sds slotmigCheckNode(void);                         /* why this node cannot migrate; NULL: it can */
+sds *slotmigRangeArgs(sds *argv, int *argc, const slotSet *slots);
+slotMigDial *slotmigAsk(slotMigJob *job, clusterNode *node, slotMigDialDone *done);
+/* The target's answer to the offer of a job (NULL: accepted), for the command
+ * that waits for it. */
+void slotmigRequestAnswered(slotMigJob *job, const char *error);
+
+/* ---- the shadow (slotmig_shadow.c) ---- */
+
+typedef struct slotMigShadow slotMigShadow;
+typedef struct slotMigLimbo slotMigLimbo;
+
+slotMigShadow *slotmigShadowCreate(void);           /* NULL: too many at a time */
+redisDb *slotmigShadowDb(slotMigShadow *s);
+void slotmigShadowAttach(slotMigShadow *s, int slot, kvstore *keys, kvstore *expires);
+void slotmigShadowRegister(slotMigShadow *s, dictEntry *hash);
+unsigned long long slotmigShadowMerge(slotMigShadow *s, const slotSet *slots);
+void slotmigShadowDrop(slotMigShadow *s);
+int slotmigShadowDrainStep(monotime until);
+void slotmigShadowFlushed(void);
+int slotmigUnlinkFieldExpiry(int slot, unsigned long long *cursor, monotime until);
+slotMigLimbo *slotmigLimboCreate(void);
+unsigned long long slotmigLimboTake(slotMigLimbo *limbo, int slot);
+void slotmigLimboFree(slotMigLimbo *limbo);
+kvstore *slotmigSectionKeys(void);                  /* any thread */
+kvstore *slotmigSectionExpires(void);
+
+/* ---- the loader (slotmig_loader.c) ---- */
+
+typedef struct slotMigSection {         /* a slot that arrived whole */
+    int slot;
+    kvstore *keys, *expires;            /* one dict each, at 0 */
+    list *field_expiry;                 /* of dictEntry*: hashes with field TTLs; NULL: none */
+    unsigned long long nkeys, nexpires, bytes;
+    long long point;                    /* stream offset of its snapshot */
+} slotMigSection;
+
+typedef struct slotMigLoader slotMigLoader;
+slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, void (*wake)(void*), void *arg);
+/* Next finished section (owned by the caller), NULL: none at the moment. */
+slotMigSection *slotmigLoaderNext(slotMigLoader *l);
+/* 0: running, 1: complete and verified, -1: failed (*error is set, owned by the loader). Sections first. */
+int slotmigLoaderState(slotMigLoader *l, const char **error, unsigned long long *bytes);
+void slotmigLoaderFree(slotMigLoader *l);           /* stops the thread, closes the connection */
+void slotmigSectionFree(slotMigSection *s);
+
+/* ---- fail points: named after the steps of the protocol ---- */
+
+typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRASH } failPointAction;
+#define SLOTMIG_FAILPOINTS(X) \
+    X(source_before_attach) X(source_before_fork) X(source_in_child) X(source_before_cut) \
+    X(source_fenced) X(source_before_commit) X(source_after_commit) X(source_before_trim) \
+    X(target_before_accept) X(target_before_attach) X(target_before_load) X(target_before_section) X(target_before_apply) \
+    X(target_before_prepared) X(target_prepared) X(target_before_takeover) X(target_after_takeover)
+#define X(name) FP_##name,
+typedef enum { SLOTMIG_FAILPOINTS(X) FP_COUNT } failPoint;
+#undef X
+extern failPointAction slotmig_failpoints[FP_COUNT];
+/* What was set for this point: crashes by itself, tells FAIL and PAUSE. */
+failPointAction slotmigFailPoint(failPoint fp);
+int slotmigSetFailPoint(const char *name, const char *action);  /* C_ERR: no such name or action */
+
+/* ---- upstream's, not declared in its headers ---- */
+int clusterAddSlot(clusterNode *n, int slot);
+int clusterDelSlot(int slot);
+void clusterSaveConfigOrDie(int do_fsync);
+void clusterDoBeforeSleep(int flags);
+void clusterBroadcastPong(int target);
+void clusterUpdateState(void);
+void clusterSetMaster(clusterNode *n);
+
+#endif

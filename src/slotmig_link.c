@@ -1,0 +1,411 @@
+/* slotmig_link.c -- the connections of a job.
+ *
+ * A job has two connections, both opened by the target as a replica opens its
+ * link to a master (same addresses, TLS and time-outs, see slotmigDial()), both
+ * authenticated as 8.0's "internal connection", so nothing is to be configured.
+ *
+ *   snapshot  after the first line, the bytes of a slot-sectioned RDB
+ *             (slot_rdb.c), source to target only. A child writes it, the
+ *             loader's thread reads it.
+ *   stream    after the first line, frames both ways, main thread to main
+ *             thread. A slotMigLink does this.
+ *
+ * A frame is
+ *       u32 length of what follows | u8 type | payload
+ * with all integers little endian. The payloads stand at enum slotMigFrame. A
+ * frame is at most FRAME_MAX long; a longer or unknown one, or one whose payload
+ * is not what its type says, closes the link with an error that names it.
+ *
+ * Links and dials belong to the main thread.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#include "slotmig_job.h"
+
+void keepClientInMainThread(client *c);     /* iothread.c */
+
+#define FRAME_MAX (1024LL*1024*1024)    /* two values of proto-max-bulk-len's default */
+#define READ_CHUNK (64*1024)
+#define READ_TURN (64*1024)             /* taken from a link in one turn of the event loop: applying it stays under about a millisecond */
+#define READ_LARGE (1024*1024)          /* at once, when a single frame is larger than a chunk */
+#define ALIVE_PERIOD 1000               /* ms without a word after which we send ALIVE */
+#define ANSWER_MAX 1024                   /* of an answer to a dial */
+
+/* ---- frames ---- */
+
+sds slotmigFrameInt(sds f, uint64_t v, int bytes) {
+    unsigned char buf[8];
+    for (int i = 0; i < bytes; i++) buf[i] = v >> (8*i);
+    return sdscatlen(f,buf,bytes);
+}
+
+sds slotmigFrameStart(int type) {
+    return slotmigFrameInt(slotmigFrameInt(sdsempty(),0,4),type,1);
+}
+
+static void frameFinish(sds f) {
+    uint32_t len = sdslen(f)-4;
+    for (int i = 0; i < 4; i++) f[i] = len >> (8*i);
+}
+
+uint64_t frameGetInt(frameReader *r, int bytes) {
+    uint64_t v = 0;
+    const char *p = frameGetBytes(r,bytes);
+    if (p == NULL) return 0;
+    for (int i = 0; i < bytes; i++) v |= (uint64_t)(unsigned char)p[i] << (8*i);
+    return v;
+}
+
+const char *frameGetBytes(frameReader *r, size_t len) {
+    if (r->bad || (size_t)(r->end - r->p) < len) {
+        r->bad = 1;
+        return NULL;
+    }
+    const char *p = (const char*)r->p;
+    r->p += len;
+    return p;
+}
+
+/* ---- links ---- */
+
+/* Ends the link's life by telling its owner, who frees it. Last call of any
+ * function that uses it. */
+static void linkClose(slotMigLink *l, const char *why) {
+    l->onClose(l->job,why);
+}
+
+static void linkWriteHandler(connection *conn) {
+    slotMigLink *l = connGetPrivateData(conn);
+    slotmigLinkFlush(l);
+}
+
+/* Write what waits. Errors are left to the reader, which sees them too. */
+void slotmigLinkFlush(slotMigLink *l) {
+    listNode *ln;
+    while ((ln = listFirst(l->out)) != NULL) {
+        sds chunk = listNodeValue(ln);
+        ssize_t n = connWrite(l->conn,chunk+l->out_sent,sdslen(chunk)-l->out_sent);
+        if (n <= 0) break;
+        l->last_write = server.mstime;
+        l->out_sent += n;
+        l->out_bytes -= n;
+        if (l->out_sent == sdslen(chunk)) {
+            l->out_sent = 0;
+            listDelNode(l->out,ln);
+        }
+    }
+    connSetWriteHandler(l->conn,listLength(l->out) ? linkWriteHandler : NULL);
+}
+
+/* Append to the output; it leaves the node when the turn of the event loop ends
+ * (slotmigBeforeSleep) so that many small frames go in one write. */
+static void linkAppend(slotMigLink *l, sds chunk) {
+    listNode *last = listLast(l->out);
+    l->out_bytes += sdslen(chunk);
+    if (last && last != listFirst(l->out) && sdslen(listNodeValue(last)) + sdslen(chunk) < READ_CHUNK) {
+        listNodeValue(last) = sdscatsds(listNodeValue(last),chunk);
+        sdsfree(chunk);
+    } else {
+        listAddNodeTail(l->out,chunk);
+    }
+}
+
+void slotmigLinkSend(slotMigLink *l, sds frame) {
+    frameFinish(frame);
+    linkAppend(l,frame);
+}
+
+/* The line that answers the peer's command, before any frame. Takes it. */
+void slotmigLinkSendLine(slotMigLink *l, sds line) {
+    linkAppend(l,line);
+}
+
+static void linkReadHandler(connection *conn) {
+    slotMigLink *l = connGetPrivateData(conn);
+    slotMigJob *job = l->job;
+    size_t turn = 0;
+    int closed = 0;
+
+    /* A script that yields runs the event loop from inside a command: nothing
+     * may be executed then. The data stay in the socket; the tick resumes. */
+    if (isInsideYieldingLongCommand() || server.loading) {
+        slotmigLinkStopReading(l,1);
+        return;
+    }
+    while (turn < READ_TURN && !l->reading_stopped) {
+        size_t had = sdslen(l->in), want = READ_CHUNK;
+        if (had >= 4) {     /* a large frame: read it in one piece */
+            frameReader r = { (unsigned char*)l->in, (unsigned char*)l->in+4, 0 };
+            uint64_t len = frameGetInt(&r,4)+4;
+            if (len > had && len-had > want) want = len-had;
+            if (want > READ_LARGE) want = READ_LARGE;
+        }
+        l->in = sdsMakeRoomFor(l->in,want);
+        int n = connRead(conn,l->in+had,want);
+        if (n <= 0) {
+            if (n == 0 || connGetState(conn) != CONN_STATE_CONNECTED) closed = 1;
+            break;
+        }
+        turn += n;
+        l->last_read = server.mstime;
+        sdsIncrLen(l->in,n);
+
+        size_t at = 0;
+        while (sdslen(l->in) - at >= FRAME_HEADER) {
+            frameReader r = { (unsigned char*)l->in+at, (unsigned char*)l->in+sdslen(l->in), 0 };
+            uint64_t len = frameGetInt(&r,4);
+            if (len < 1 || len > FRAME_MAX) {
+                linkClose(l,"the peer sent a frame of an impossible length: both nodes must run the same version");
+                return;
+            }
+            if ((uint64_t)(r.end-r.p) < len) break;
+            int type = frameGetInt(&r,1);
+            r.end = r.p + (len-1);
+            at += 4+len;
+            if (type != FRAME_ALIVE) {
+                l->onFrame(job,type,&r);
+                /* The handler may have ended the job, and with it this link;
+                 * the connection itself lives until we return. */
+                if (connGetPrivateData(conn) != l) return;
+                if (r.bad) {
+                    linkClose(l,"the peer sent a frame that contradicts itself: both nodes must run the same version");
+                    return;
+                }
+            }
+        }
+        sdsrange(l->in,at,-1);
+    }
+    if (closed) linkClose(l,"the connection was closed");
+}
+
+/* Takes the connection. Frames go to onFrame; onClose is called once when the
+ * connection ends, and must free the link. */
+slotMigLink *slotmigLinkCreate(connection *conn, slotMigJob *job,
+        void (*onFrame)(slotMigJob*, int, frameReader*), void (*onClose)(slotMigJob*, const char*))
+{
+    slotMigLink *l = zcalloc(sizeof(*l));
+    l->conn = conn;
+    l->job = job;
+    l->in = sdsempty();
+    l->out = listCreate();
+    listSetFreeMethod(l->out,(void (*)(void*))sdsfree);
+    l->last_read = l->last_write = server.mstime;
+    l->onFrame = onFrame;
+    l->onClose = onClose;
+    connSetPrivateData(conn,l);
+    connEnableTcpNoDelay(conn);
+    connKeepAlive(conn,server.tcpkeepalive);
+    connSetReadHandler(conn,linkReadHandler);
+    return l;
+}
+
+/* Safe from inside the link's own handlers: linkReadHandler() looks at the
+ * private data before it goes on. */
+void slotmigLinkFree(slotMigLink *l) {
+    if (l == NULL) return;
+    slotmigLinkFlush(l);    /* a last word, if the socket takes it */
+    connSetPrivateData(l->conn,NULL);
+    connClose(l->conn);
+    sdsfree(l->in);
+    listRelease(l->out);
+    zfree(l);
+}
+
+/* Take no more from the peer: TCP then slows it down. */
+void slotmigLinkStopReading(slotMigLink *l, int stop) {
+    if (l->reading_stopped == stop) return;
+    l->reading_stopped = stop;
+    connSetReadHandler(l->conn,stop ? NULL : linkReadHandler);
+    if (!stop) l->last_read = server.mstime;
+}
+
+/* From the cron: keep the link alive, or give it up. */
+void slotmigLinkTick(slotMigLink *l) {
+    if (server.mstime - l->last_write > ALIVE_PERIOD && listLength(l->out) == 0)
+        slotmigLinkSend(l,slotmigFrameStart(FRAME_ALIVE));
+    slotmigLinkFlush(l);
+    if (!l->reading_stopped && server.mstime - l->last_read > server.repl_timeout*1000LL)
+        linkClose(l,"the peer was silent for repl-timeout");
+}
+
+/* ---- dials ---- */
+
+struct slotMigDial {
+    connection *conn;
+    sds out;                /* to be sent */
+    size_t sent;
+    sds line;               /* of the answer, so far */
+    int answers;            /* lines still expected */
+    long long timer;
+    slotMigDialDone *done;
+    void *arg;
+};
+
+static void dialFree(slotMigDial *d) {
+    if (d->conn) {
+        connSetPrivateData(d->conn,NULL);
+        connClose(d->conn);
+    }
+    if (d->timer != AE_DELETED_EVENT_ID) aeDeleteTimeEvent(server.el,d->timer);
+    sdsfree(d->out);
+    sdsfree(d->line);
+    zfree(d);
+}
+
+void slotmigDialCancel(slotMigDial *d) {
+    if (d) dialFree(d);
+}
+
+static void dialEnd(slotMigDial *d, const char *error) {
+    connection *conn = d->conn;
+    slotMigDialDone *done = d->done;
+    void *arg = d->arg;
+    if (error) {
+        sds why = sdsnew(error);
+        dialFree(d);
+        done(NULL,NULL,why,arg);
+        sdsfree(why);
+    } else {
+        sds line = d->line;
+        d->line = NULL;
+        d->conn = NULL;
+        connSetReadHandler(conn,NULL);
+        connSetWriteHandler(conn,NULL);
+        connSetPrivateData(conn,NULL);
+        dialFree(d);
+        done(conn,line,NULL,arg);
+        sdsfree(line);
+    }
+}
+
+static int dialTimeout(struct aeEventLoop *el, long long id, void *data) {
+    UNUSED(el); UNUSED(id);
+    slotMigDial *d = data;
+    d->timer = AE_DELETED_EVENT_ID;
+    dialEnd(d,"no answer within repl-timeout");
+    return AE_NOMORE;
+}
+
+/* Byte by byte, because what follows the last line belongs to somebody else. */
+static void dialReadHandler(connection *conn) {
+    slotMigDial *d = connGetPrivateData(conn);
+    char ch;
+    int n;
+    while ((n = connRead(conn,&ch,1)) == 1) {
+        if (ch == '\r') continue;
+        if (ch != '\n') {
+            if (sdslen(d->line) >= ANSWER_MAX) {
+                dialEnd(d,"the answer is not one of this version");
+                return;
+            }
+            d->line = sdscatlen(d->line,&ch,1);
+            continue;
+        }
+        if (d->line[0] == '-') {
+            sds error = sdsnew(d->line+1);
+            dialEnd(d,error);
+            sdsfree(error);
+            return;
+        }
+        if (--d->answers == 0) {
+            dialEnd(d,NULL);
+            return;
+        }
+        sdsclear(d->line);
+    }
+    if (n == 0) dialEnd(d,"the connection was closed");
+    else if (connGetState(conn) != CONN_STATE_CONNECTED) dialEnd(d,connGetLastError(conn));
+}
+
+static void dialWriteHandler(connection *conn) {
+    slotMigDial *d = connGetPrivateData(conn);
+    ssize_t n = connWrite(conn,d->out+d->sent,sdslen(d->out)-d->sent);
+    if (n > 0) d->sent += n;
+    else if (connGetState(conn) != CONN_STATE_CONNECTED) {
+        dialEnd(d,connGetLastError(conn));
+        return;
+    }
+    if (d->sent == sdslen(d->out)) connSetWriteHandler(conn,NULL);
+}
+
+static void dialConnected(connection *conn) {
+    slotMigDial *d = connGetPrivateData(conn);
+    if (connGetState(conn) != CONN_STATE_CONNECTED) {
+        dialEnd(d,connGetLastError(conn));
+        return;
+    }
+    connSetReadHandler(conn,dialReadHandler);
+    connSetWriteHandler(conn,dialWriteHandler);
+}
+
+static sds catArg(sds s, const char *p, size_t len) {
+    s = sdscatfmt(s,"$%U\r\n",(unsigned long long)len);
+    s = sdscatlen(s,p,len);
+    return sdscatlen(s,"\r\n",2);
+}
+
+static int dialFailedAtOnce(struct aeEventLoop *el, long long id, void *data) {
+    UNUSED(el); UNUSED(id);
+    slotMigDial *d = data;
+    d->timer = AE_DELETED_EVENT_ID;
+    dialEnd(d,"cannot connect");
+    return AE_NOMORE;
+}
+
+/* Opens a connection to `node` and sends the command. Takes the sds of argv.
+ * `done` is called later, never from here. */
+slotMigDial *slotmigDial(clusterNode *node, int argc, sds *argv, slotMigDialDone *done, void *arg) {
+    slotMigDial *d = zcalloc(sizeof(*d));
+    size_t len;
+    const char *secret = clusterGetSecret(&len);
+
+    d->done = done;
+    d->arg = arg;
+    d->answers = 2;
+    d->line = sdsempty();
+    d->out = sdsnew("*3\r\n");
+    d->out = catArg(d->out,"AUTH",4);
+    d->out = catArg(d->out,"internal connection",19);
+    d->out = catArg(d->out,secret,len);
+    d->out = sdscatfmt(d->out,"*%i\r\n",argc);
+    for (int i = 0; i < argc; i++) {
+        d->out = catArg(d->out,argv[i],sdslen(argv[i]));
+        sdsfree(argv[i]);
+    }
+    int port = server.tls_replication ? node->tls_port : node->tcp_port;
+    d->conn = connCreate(server.el,server.tls_replication ? connectionTypeTls() : connectionTypeTcp());
+    connSetPrivateData(d->conn,d);
+    if (connConnect(d->conn,node->ip,port,server.bind_source_addr,dialConnected) == C_ERR)
+        d->timer = aeCreateTimeEvent(server.el,1,dialFailedAtOnce,d,NULL);
+    else
+        d->timer = aeCreateTimeEvent(server.el,server.repl_timeout*1000LL,dialTimeout,d,NULL);
+    return d;
+}
+
+/* ---- accepting ---- */
+
+/* Takes the connection out of a client whose command blocked it, so that no
+ * rule for clients (limits of output, eviction, time-outs, I/O threads, CLIENT
+ * KILL) applies to it, and frees the rest of the client. Being blocked, the
+ * client is not with an I/O thread. Must not be called from inside the client's
+ * own command. */
+connection *slotmigStealConnection(client *c) {
+    connection *conn = c->conn;
+    uint64_t id = htonu64(c->id);
+    serverAssert(c->flags & CLIENT_BLOCKED && c != server.current_client);
+    if (c->tid != IOTHREAD_MAIN_THREAD_ID) {
+        if (c->running_tid != IOTHREAD_MAIN_THREAD_ID) fetchClientFromIOThread(c);
+        if (c->tid != IOTHREAD_MAIN_THREAD_ID) keepClientInMainThread(c);
+    }
+    raxRemove(server.clients_index,(unsigned char*)&id,sizeof(id),NULL);
+    listDelNode(server.clients,c->client_list_node);
+    c->client_list_node = NULL;
+    server.io_threads_clients_num[c->tid]--;
+    connSetReadHandler(conn,NULL);
+    connSetWriteHandler(conn,NULL);
+    connSetPrivateData(conn,NULL);
+    c->conn = NULL;
+    freeClient(c);
+    return conn;
+}

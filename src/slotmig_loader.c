@@ -1,0 +1,517 @@
+/* slotmig_loader.c -- bytes in, slots out: the target's background loader.
+ *
+ * One thread for each incoming snapshot. It reads the connection itself, parses
+ * records with upstream's object loaders as the bytes arrive, and builds for
+ * each slot a dict of keys and one of expires that nobody else can reach. When a
+ * section is complete and its count and CRC are what the source says, it is
+ * handed to the main thread. At the end the index (slot_rdb.c) must be the one
+ * of what was received.
+ *
+ * Threads. The loader's thread owns, from slotmigLoaderStart() until it ends:
+ * the connection with its TLS state, everything in the struct above the line,
+ * and every object it makes until the section is in `done`. The main thread may
+ * touch what is below the line, under the mutex. From server.* the thread only
+ * reads plain words of the configuration (encoding limits), for which a stale
+ * value is as good as a new one. It must never reach server.current_client,
+ * server.db, the replication or AOF state, or a module that is not known to be
+ * thread-safe. The hooks in rdb.c see to that, they ask slotmigInLoader().
+ *
+ *   main                                loader's thread
+ *   slotmigLoaderStart ---------------> reads REDIS0012, AUX...
+ *                                       SLOT_INFO 7: new dicts
+ *                                       keys of slot 7
+ *                          section 7 <- AUX slot-section: count, CRC right
+ *   wake(); slotmigLoaderNext()
+ *   attaches it to the shadow           SLOT_INFO 12 ...
+ *                           complete <- AUX slot-index, trailer, EOF, CRC
+ *   slotmigLoaderFree (joins)
+ *
+ * What must never happen: a byte from the network that ends the process, and a
+ * section that counts as arrived and is not what was sent.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#include "slotmig_job.h"
+#include "slot_rdb.h"
+#include "crc64.h"
+#include "eventnotifier.h"
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+
+#define LOADER_BUFFER (128*1024)
+#define LOADER_POLL 100                 /* ms between two looks at `stop` while no byte comes */
+#define LOADER_ERROR_MAX 512
+
+/* The presizing of a dict follows a number from the network: a section of more
+ * keys than this grows as it goes. */
+#define PRESIZE_MAX (1<<24)
+
+struct slotMigLoader {
+    rio rdb;                            /* first: loaderRead() gets its address */
+    connection *conn;
+    slotSet slots;                      /* expected */
+    unsigned char buf[LOADER_BUFFER];
+    size_t pos, len;                    /* of what was read into `buf`: taken, there */
+    size_t summed;                      /* taken and contained in `crc` */
+    uint64_t crc;                       /* of the open section, or of the file when none is open */
+    uint64_t outer_crc;                 /* of the file up to the open section */
+    uint64_t offset;                    /* bytes taken */
+    slotMigSection *section;            /* open, NULL: none */
+    uint64_t section_offset;
+    uint64_t want_keys, want_expires;   /* of the open section, as SLOT_INFO says */
+    slotSet seen;
+    slotRdbIndex index;
+    char error[LOADER_ERROR_MAX];       /* "" until something is wrong */
+    moduleType *vectorset;              /* resolved on the main thread; NULL: not there */
+    uint64_t vectorset_id;
+    long long idle_limit;               /* ms without a byte */
+    pthread_t thread;
+    redisAtomic unsigned long long bytes;
+    redisAtomic int stop;
+    /* ---------------------------------------------------------------- */
+    pthread_mutex_t mutex;
+    list *done;                         /* of slotMigSection*, oldest first */
+    int state;                          /* 0: running, 1: complete, -1: failed */
+    eventNotifier *notifier;
+    void (*wake)(void*);                /* main thread only */
+    void *arg;
+};
+
+static __thread slotMigLoader *this_loader;
+
+/* ---- hooks in rdb.c ---- */
+
+int slotmigInLoader(void) {
+    return this_loader != NULL;
+}
+
+int slotmigLoaderError(const char *msg) {
+    if (this_loader == NULL) return 0;
+    if (!this_loader->error[0])
+        snprintf(this_loader->error,LOADER_ERROR_MAX,"%s",msg);
+    return 1;
+}
+
+/* Only types known to load without touching the module's or the server's state
+ * may be decoded here. */
+moduleType *slotmigLoaderModuleType(uint64_t id) {
+    slotMigLoader *l = this_loader;
+    if (l->vectorset && (id & ~(uint64_t)1023) == (l->vectorset_id & ~(uint64_t)1023))
+        return l->vectorset;
+    return NULL;
+}
+
+/* ---- reading ---- */
+
+static void loaderFail(slotMigLoader *l, const char *fmt, ...) __attribute__((format(printf,2,3)));
+static void loaderFail(slotMigLoader *l, const char *fmt, ...) {
+    va_list ap;
+    if (l->error[0]) return;    /* the first one is the cause */
+    va_start(ap,fmt);
+    vsnprintf(l->error,LOADER_ERROR_MAX,fmt,ap);
+    va_end(ap);
+}
+
+/* Some bytes from the connection; 0 when there will be none. */
+static size_t loaderReceive(slotMigLoader *l, void *buf, size_t len) {
+    long long idle = 0;
+    for (;;) {
+        int stop;
+        atomicGet(l->stop,stop);
+        if (stop) {
+            loaderFail(l,"stopped");
+            return 0;
+        }
+        int n = connRead(l->conn,buf,len);
+        if (n > 0) {
+            atomicIncr(l->bytes,n);
+            return n;
+        }
+        if (n == 0 || connGetState(l->conn) != CONN_STATE_CONNECTED) {
+            loaderFail(l,"the snapshot's connection ended at offset %llu",(unsigned long long)l->offset);
+            return 0;
+        }
+        struct pollfd pfd = { l->conn->fd, POLLIN, 0 };
+        if (poll(&pfd,1,LOADER_POLL) == 0 && (idle += LOADER_POLL) > l->idle_limit) {
+            loaderFail(l,"no byte of the snapshot arrived for repl-timeout, at offset %llu",
+                (unsigned long long)l->offset);
+            return 0;
+        }
+    }
+}
+
+/* Sum up what was taken from the buffer, but for its last `but` bytes. */
+static void loaderSum(slotMigLoader *l, size_t but) {
+    size_t end = l->pos - but;
+    l->crc = crc64(l->crc,l->buf+l->summed,end-l->summed);
+    l->summed = end;
+}
+
+static size_t loaderRead(rio *r, void *dst, size_t len) {
+    slotMigLoader *l = (slotMigLoader*)r;
+    char *p = dst;
+    while (len) {
+        size_t n = l->len - l->pos;
+        if (n) {
+            if (n > len) n = len;
+            memcpy(p,l->buf+l->pos,n);
+            l->pos += n;
+        } else if (len >= LOADER_BUFFER) {      /* a big string: not twice through memory */
+            loaderSum(l,0);
+            if ((n = loaderReceive(l,p,len)) == 0) return 0;
+            l->crc = crc64(l->crc,(unsigned char*)p,n);
+        } else {
+            loaderSum(l,0);
+            l->pos = l->summed = l->len = 0;
+            if ((l->len = loaderReceive(l,l->buf,LOADER_BUFFER)) == 0) return 0;
+            continue;
+        }
+        p += n;
+        len -= n;
+        l->offset += n;
+    }
+    return 1;
+}
+
+static off_t loaderTell(rio *r) {
+    return ((slotMigLoader*)r)->offset;
+}
+
+/* ---- parsing ---- */
+
+static void freeSectionStores(kvstore *keys, kvstore *expires) {
+    if (keys) kvstoreRelease(keys);
+    if (expires) kvstoreRelease(expires);
+}
+
+void slotmigSectionFree(slotMigSection *s) {
+    if (s == NULL) return;
+    freeSectionStores(s->keys,s->expires);
+    if (s->field_expiry) listRelease(s->field_expiry);
+    zfree(s);
+}
+
+static int openSection(slotMigLoader *l) {
+    uint64_t slot = rdbLoadLen(&l->rdb,NULL);
+    uint64_t keys = rdbLoadLen(&l->rdb,NULL);
+    uint64_t expires = rdbLoadLen(&l->rdb,NULL);
+    if (rioGetReadError(&l->rdb)) return C_ERR;
+    if (slot >= CLUSTER_SLOTS || !slotSetHas(&l->slots,slot)) {
+        loaderFail(l,"a section of slot %llu, which is not in this job",(unsigned long long)slot);
+        return C_ERR;
+    }
+    if (slotSetHas(&l->seen,slot)) {
+        loaderFail(l,"a second section of slot %d",(int)slot);
+        return C_ERR;
+    }
+    slotSetAdd(&l->seen,slot);
+    l->want_keys = keys;
+    l->want_expires = expires;
+    l->section = zcalloc(sizeof(*l->section));
+    l->section->slot = slot;
+    l->section->keys = slotmigSectionKeys();
+    l->section->expires = slotmigSectionExpires();
+    if (keys <= PRESIZE_MAX) kvstoreExpand(l->section->keys,keys,1,NULL);
+    if (expires <= PRESIZE_MAX && expires) kvstoreExpand(l->section->expires,expires,1,NULL);
+    return C_OK;
+}
+
+/* Hands the open section over if it is what the source says. */
+static int closeSection(slotMigLoader *l, const char *text, size_t len, uint64_t crc, uint64_t bytes) {
+    slotMigSection *s = l->section;
+    slotRdbSection said;
+
+    if (s == NULL || !slotRdbParseSection(text,len,&said)) {
+        loaderFail(l,"a section's end that is none, at offset %llu",(unsigned long long)l->offset);
+        return C_ERR;
+    }
+    if (said.slot != s->slot || said.keys != s->nkeys || said.expires != s->nexpires ||
+        s->nkeys != l->want_keys || s->nexpires != l->want_expires || said.bytes != bytes)
+    {
+        loaderFail(l,"slot %d arrived with %llu keys, %llu expires, %llu bytes where the source "
+            "sent %llu, %llu, %llu",s->slot,s->nkeys,s->nexpires,(unsigned long long)bytes,
+            (unsigned long long)said.keys,(unsigned long long)said.expires,(unsigned long long)said.bytes);
+        return C_ERR;
+    }
+    if (said.crc != crc) {
+        loaderFail(l,"slot %d arrived damaged: CRC %016llx where the source sent %016llx",s->slot,
+            (unsigned long long)crc,(unsigned long long)said.crc);
+        return C_ERR;
+    }
+    said.offset = l->section_offset;
+    slotRdbIndexAdd(&l->index,&said);
+    s->bytes = bytes;
+    s->point = said.point;
+    l->section = NULL;
+    pthread_mutex_lock(&l->mutex);
+    listAddNodeTail(l->done,s);
+    pthread_mutex_unlock(&l->mutex);
+    triggerEventNotifier(l->notifier);
+    return C_OK;
+}
+
+static int checkIndex(slotMigLoader *l, const char *text, size_t len) {
+    sds mine = slotRdbIndexText(&l->index);
+    int same = sdslen(mine) == len && memcmp(mine,text,len) == 0;
+    sdsfree(mine);
+    if (!same) loaderFail(l,"the snapshot's index is not the one of its sections");
+    return same ? C_OK : C_ERR;
+}
+
+static int loadAux(slotMigLoader *l, uint64_t crc, uint64_t bytes, int *indexed) {
+    int res = C_OK;
+    sds name = rdbGenericLoadStringObject(&l->rdb,RDB_LOAD_SDS,NULL);
+    if (name == NULL) return C_ERR;
+    sds value = rdbGenericLoadStringObject(&l->rdb,RDB_LOAD_SDS,NULL);
+    if (value == NULL) {
+        sdsfree(name);
+        return C_ERR;
+    }
+    if (!strcmp(name,SLOT_RDB_AUX_SECTION)) {
+        res = closeSection(l,value,sdslen(value),crc,bytes);
+    } else if (!strcmp(name,SLOT_RDB_AUX_INDEX)) {
+        res = checkIndex(l,value,sdslen(value));
+        *indexed = res == C_OK;
+    }
+    sdsfree(name);
+    sdsfree(value);
+    return res;
+}
+
+static int loadKey(slotMigLoader *l, int type, long long expire, long long lfu, long long lru, long long lru_clock) {
+    slotMigSection *s = l->section;
+    int error;
+    if (s == NULL) {
+        loaderFail(l,"a key outside of a section, at offset %llu",(unsigned long long)l->offset);
+        return C_ERR;
+    }
+    sds key = rdbGenericLoadStringObject(&l->rdb,RDB_LOAD_SDS,NULL);
+    if (key == NULL) return C_ERR;
+    if ((int)keyHashSlot(key,sdslen(key)) != s->slot) {
+        loaderFail(l,"a key of slot %d in the section of slot %d",(int)keyHashSlot(key,sdslen(key)),s->slot);
+        sdsfree(key);
+        return C_ERR;
+    }
+    robj *o = rdbLoadObject(type,&l->rdb,key,0,&error);
+    if (o == NULL) {
+        loaderFail(l,"a value of slot %d cannot be read at offset %llu",s->slot,(unsigned long long)l->offset);
+        sdsfree(key);
+        return C_ERR;
+    }
+    redisDb db = { .keys = s->keys, .expires = s->expires };
+    dictEntry *de = kvstoreDictAddRaw(s->keys,0,key,NULL);
+    if (de == NULL) {
+        loaderFail(l,"a key twice in the section of slot %d",s->slot);
+        sdsfree(key);
+        decrRefCount(o);
+        return C_ERR;
+    }
+    initObjectLRUOrLFU(o);
+    kvstoreDictSetVal(s->keys,0,de,o);
+    updateKeysizesHist(&db,0,o->type,-1,getObjectLength(o));
+    objectSetLRUOrLFU(o,lfu,lru,lru_clock,1000);
+    s->nkeys++;
+    if (expire != -1) {
+        dictEntry *ede = kvstoreDictAddRaw(s->expires,0,key,NULL);
+        dictSetSignedIntegerVal(ede,expire);
+        s->nexpires++;
+    }
+    if (o->type == OBJ_HASH && hashTypeGetMinExpire(o,1) != EB_EXPIRE_TIME_INVALID) {
+        if (s->field_expiry == NULL) s->field_expiry = listCreate();
+        listAddNodeTail(s->field_expiry,de);
+    }
+    return C_OK;
+}
+
+/* The whole snapshot. C_ERR: l->error tells why. */
+static int loadSnapshot(slotMigLoader *l) {
+    rio *rdb = &l->rdb;
+    char magic[10] = {0};
+    int indexed = 0;
+    long long expire = -1, lfu = -1, lru = -1, lru_clock = LRU_CLOCK();
+
+    if (rioRead(rdb,magic,9) == 0) return C_ERR;
+    int version = memcmp(magic,"REDIS",5) ? 0 : atoi(magic+5);
+    if (version < 12 || version > RDB_VERSION) {
+        loaderFail(l,"what arrives is not an RDB of a version that this node reads");
+        return C_ERR;
+    }
+    for (;;) {
+        int type = rdbLoadType(rdb);
+        if (type == -1) return C_ERR;
+        switch (type) {
+        case RDB_OPCODE_SLOT_INFO:
+            if (l->section) {
+                loaderFail(l,"slot %d has no end",l->section->slot);
+                return C_ERR;
+            }
+            /* The section's sum starts with the opcode just read. */
+            loaderSum(l,1);
+            l->outer_crc = l->crc;
+            l->crc = 0;
+            l->section_offset = l->offset-1;
+            if (openSection(l) == C_ERR) return C_ERR;
+            break;
+        case RDB_OPCODE_AUX: {
+            uint64_t crc = 0, bytes = 0;
+            if (l->section) {   /* it ended before the opcode just read */
+                loaderSum(l,1);
+                crc = l->crc;
+                bytes = l->offset-1 - l->section_offset;
+                l->crc = slotRdbCombineCrc(l->outer_crc,crc,bytes);
+            }
+            if (loadAux(l,crc,bytes,&indexed) == C_ERR) return C_ERR;
+            if (l->section) {
+                loaderFail(l,"slot %d has no end",l->section->slot);
+                return C_ERR;
+            }
+            break;
+        }
+        case RDB_OPCODE_SELECTDB:
+            if (rdbLoadLen(rdb,NULL) != 0) {
+                loaderFail(l,"a database other than 0");
+                return C_ERR;
+            }
+            break;
+        case RDB_OPCODE_RESIZEDB:
+            rdbLoadLen(rdb,NULL);
+            rdbLoadLen(rdb,NULL);
+            if (rioGetReadError(rdb)) return C_ERR;
+            break;
+        case RDB_OPCODE_EXPIRETIME_MS:
+            expire = rdbLoadMillisecondTime(rdb,version);
+            if (rioGetReadError(rdb)) return C_ERR;
+            break;
+        case RDB_OPCODE_FREQ: {
+            uint8_t byte;
+            if (rioRead(rdb,&byte,1) == 0) return C_ERR;
+            lfu = byte;
+            break;
+        }
+        case RDB_OPCODE_IDLE:
+            if ((lru = rdbLoadLen(rdb,NULL)) == (long long)RDB_LENERR) return C_ERR;
+            break;
+        case RDB_OPCODE_EOF: {
+            uint64_t sum;
+            loaderSum(l,0);
+            uint64_t mine = l->crc;
+            if (rioRead(rdb,&sum,8) == 0) return C_ERR;
+            memrev64ifbe(&sum);
+            if (l->section || !indexed || sum != mine) {
+                loaderFail(l,"the snapshot ends without its index or with a wrong sum");
+                return C_ERR;
+            }
+            return C_OK;
+        }
+        default:
+            if (!rdbIsObjectType(type)) {
+                loaderFail(l,"an unknown record of type %d at offset %llu",type,(unsigned long long)l->offset);
+                return C_ERR;
+            }
+            if (loadKey(l,type,expire,lfu,lru,lru_clock) == C_ERR) return C_ERR;
+            expire = lfu = lru = -1;
+        }
+    }
+}
+
+static void *loaderMain(void *arg) {
+    slotMigLoader *l = arg;
+    redis_set_thread_title("slot_loader");
+    makeThreadKillable();
+    this_loader = l;
+    int res = loadSnapshot(l);
+    if (res == C_ERR) loaderFail(l,"the snapshot cannot be read at offset %llu",(unsigned long long)l->offset);
+    slotmigSectionFree(l->section);
+    l->section = NULL;
+    this_loader = NULL;
+    pthread_mutex_lock(&l->mutex);
+    l->state = res == C_OK ? 1 : -1;
+    pthread_mutex_unlock(&l->mutex);
+    triggerEventNotifier(l->notifier);
+    return NULL;
+}
+
+/* ---- the main thread's side ---- */
+
+static void loaderWoken(struct aeEventLoop *el, int fd, void *data, int mask) {
+    UNUSED(el); UNUSED(fd); UNUSED(mask);
+    slotMigLoader *l = data;
+    handleEventNotifier(l->notifier);
+    l->wake(l->arg);    /* may free the loader */
+}
+
+/* Takes the connection, which must be without handlers. `wake(arg)` is called
+ * on the main thread when there is something new. NULL: no thread or no
+ * descriptor could be had; the connection is then still the caller's. */
+slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, void (*wake)(void*), void *arg) {
+    slotMigLoader *l = zcalloc(sizeof(*l));
+    l->rdb.read = loaderRead;
+    l->rdb.tell = loaderTell;
+    l->conn = conn;
+    l->slots = *slots;
+    slotSetClear(&l->seen);
+    slotRdbIndexInit(&l->index);
+    l->idle_limit = server.repl_timeout*1000LL;
+    l->vectorset = moduleTypeLookupModuleByName("vectorset");
+    if (l->vectorset) l->vectorset_id = l->vectorset->id;
+    slotRdbCombineCrc(0,0,1);   /* fills a table that threads then only read */
+    pthread_mutex_init(&l->mutex,NULL);
+    l->done = listCreate();
+    l->wake = wake;
+    l->arg = arg;
+    l->notifier = createEventNotifier();
+    if (l->notifier == NULL) goto err;
+    if (aeCreateFileEvent(server.el,getReadEventFd(l->notifier),AE_READABLE,loaderWoken,l) == AE_ERR) goto err;
+
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK,&all,&before);
+    int res = pthread_create(&l->thread,NULL,loaderMain,l);
+    pthread_sigmask(SIG_SETMASK,&before,NULL);
+    if (res == 0) return l;
+    aeDeleteFileEvent(server.el,getReadEventFd(l->notifier),AE_READABLE);
+err:
+    if (l->notifier) freeEventNotifier(l->notifier);
+    listRelease(l->done);
+    zfree(l);
+    return NULL;
+}
+
+slotMigSection *slotmigLoaderNext(slotMigLoader *l) {
+    slotMigSection *s = NULL;
+    pthread_mutex_lock(&l->mutex);
+    listNode *ln = listFirst(l->done);
+    if (ln) {
+        s = listNodeValue(ln);
+        listDelNode(l->done,ln);
+    }
+    pthread_mutex_unlock(&l->mutex);
+    return s;
+}
+
+int slotmigLoaderState(slotMigLoader *l, const char **error, unsigned long long *bytes) {
+    pthread_mutex_lock(&l->mutex);
+    int state = listLength(l->done) ? 0 : l->state;
+    pthread_mutex_unlock(&l->mutex);
+    if (error) *error = l->error;   /* written before the state was */
+    if (bytes) atomicGet(l->bytes,*bytes);
+    return state;
+}
+
+void slotmigLoaderFree(slotMigLoader *l) {
+    if (l == NULL) return;
+    atomicSet(l->stop,1);
+    shutdown(l->conn->fd,SHUT_RDWR);    /* wakes a read; not through TLS, whose state is the thread's */
+    pthread_join(l->thread,NULL);
+    aeDeleteFileEvent(server.el,getReadEventFd(l->notifier),AE_READABLE);
+    freeEventNotifier(l->notifier);
+    connClose(l->conn);
+    slotMigSection *s;
+    while ((s = slotmigLoaderNext(l)) != NULL) slotmigSectionFree(s);
+    listRelease(l->done);
+    slotRdbIndexFree(&l->index);
+    pthread_mutex_destroy(&l->mutex);
+    zfree(l);
+}

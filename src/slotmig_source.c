@@ -1,0 +1,797 @@
+/* slotmig_source.c -- the source's side of a job.
+ *
+ *   OFFERED     a dial asks the target; CLUSTER MIGRATE-SLOTS waits for it
+ *   WAITING     until both connections of the target are here and no other child
+ *               process runs (there can be one at a time)
+ *   SNAPSHOT    fork. The child writes the slots' sections to the snapshot's
+ *               connection (slot_rdb.c); from the fork on slotmig_feed.c sends
+ *               the writes on the stream
+ *   STREAMING   the target said that it has all sections. When it lags less than
+ *               cluster-slot-migration-handoff-max-lag-bytes:
+ *   FENCED      writes to the slots wait, CUT is sent. The target answers
+ *               PREPARED with its counts, we compare. If that does not come
+ *               within cluster-slot-migration-write-pause-timeout, or something
+ *               wrote in spite of the fence, the attempt is DISCARDed: back to
+ *               STREAMING, and a new attempt with a new number
+ *   COMMITTED   COMMIT is sent; whoever waits is sent to the target. From here on
+ *               this node never serves the slots again, unless the target says
+ *               that it discarded the attempt. It goes on claiming them on the
+ *               cluster bus until the target's higher epoch moves them
+ *   TRIMMING    TAKEN came: the slots are the target's in our map too. They are
+ *               detached in slices and freed in the background
+ *
+ * The fence. Behind it wait: commands that write, or may replicate, on a moving
+ * slot, and slot-less ones that could write anywhere (FLUSHALL, scripts without
+ * keys). Expiry and eviction stop on the whole node for these milliseconds.
+ * What cannot be made to wait (a module's timer) is seen by the feed, and the
+ * attempt is discarded: nothing that was acknowledged is ever behind a cut.
+ *
+ * Must never happen: COMMIT after a write behind the cut; a fence that outlives
+ * its attempt; a slot served here after COMMIT while the target may take it.
+ *
+ * Main thread only; the child has its own copy of everything.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#include "slotmig_job.h"
+#include "slot_rdb.h"
+#include <sys/wait.h>
+
+#define ASK_PERIOD 200              /* ms between two questions to a silent target */
+#define RETRY_PERIOD 100            /* ms until the next attempt after a discarded one */
+#define ESTIMATE_SAMPLES 64         /* keys looked at to guess the bytes of a job */
+
+/* upstream's, not declared in its headers */
+int RM_Fork(void (*done)(int exitcode, int bysignal, void *user_data), void *user_data);
+int RM_KillForkChild(int child_pid);
+int RM_ExitFromChild(int retcode);
+size_t objectComputeSize(robj *key, robj *o, size_t sample_size, int dbid);
+int rdbSaveInfoAuxFields(rio *rdb, int rdbflags, rdbSaveInfo *rsi);
+const char *strChildType(int type);
+
+struct slotMigSource {
+    slotMigDial *offer;             /* under way */
+    slotMigLink *stream;
+    connection *snapshot;
+    uint64_t stream_client, snapshot_client;    /* whose connections we take over, 0: none */
+    int child;                      /* pid, 0: none */
+    int sent;                       /* the child is done */
+    int complete;                   /* the target has all of it */
+    long long point;                /* stream offset of the snapshot */
+    int wrote;                      /* something wrote to the slots behind the cut */
+    monotime fenced_at;
+    mstime_t next_attempt;
+    slotMigDial *ask;
+    mstime_t next_ask;
+    int trim_slot;                  /* next to trim */
+    unsigned long long trim_cursor;
+    slotMigLimbo *limbo;
+};
+
+/* Of all jobs together. A slot is in at most one job. */
+static slotSet fenced, closed;
+static int fences;
+
+static void sourceFrame(slotMigJob *job, int type, frameReader *r);
+static void sourceClosed(slotMigJob *job, const char *why);
+
+slotMigLink *slotmigSourceStream(slotMigJob *job) {
+    return job->src ? job->src->stream : NULL;
+}
+
+/* ---- what the hooks ask ---- */
+
+int slotmigSourceFollows(const slotMigJob *job) {
+    return job->role == SLOTMIG_SOURCE && job->src && job->src->stream &&
+        (job->state == SLOTMIG_SNAPSHOT || job->state == SLOTMIG_STREAMING || job->state == SLOTMIG_FENCED);
+}
+
+void slotmigSourceWrote(slotMigJob *job, size_t bytes) {
+    job->stream_bytes += bytes;
+    job->src->wrote = 1;
+}
+
+int slotmigFenced(void) {
+    return fences > 0;
+}
+
+/* Called for every command that is about to run, after redirections. */
+int slotmigMustWait(client *c, int may_replicate) {
+    if (!fences || !may_replicate) return 0;
+    if (c->cmd->flags & CMD_PUBSUB) return 0;   /* talks to others, writes nothing */
+    if (c->slot >= 0) return slotSetHas(&fenced,c->slot);
+    /* No key was named: it may write anywhere. */
+    if (c->cmd->proc == execCommand) return (c->mstate.cmd_flags & CMD_WRITE) != 0;
+    return 1;
+}
+
+clusterNode *slotmigSlotOwner(int slot, clusterNode *owner) {
+    if (closed.count == 0 || owner != server.cluster->myself || !slotSetHas(&closed,slot)) return owner;
+    slotMigJob *job = slotmigJobOfSlot(slot);
+    clusterNode *target = job ? slotmigPeer(job) : NULL;
+    return target ? target : owner;
+}
+
+static void slotSetChange(slotSet *all, const slotSet *some, int in) {
+    for (int i = 0; i < CLUSTER_SLOTS/8; i++) {
+        if (in) all->bits[i] |= some->bits[i];
+        else all->bits[i] &= ~some->bits[i];
+    }
+    all->count += in ? some->count : -some->count;
+}
+
+/* ---- checks ---- */
+
+static sds checkSlots(const slotSet *slots) {
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        clusterNode *owner = server.cluster->slots[j];
+        if (owner != server.cluster->myself)
+            return owner ? sdscatprintf(sdsempty(),"slot %d is served by node %.40s: send the command there",j,owner->name)
+                         : sdscatprintf(sdsempty(),"slot %d is not assigned: use CLUSTER ADDSLOTS at the target instead",j);
+    }
+    return NULL;
+}
+
+/* What must hold at the start and until the commit. NULL: it does. */
+static sds checkSource(const slotSet *slots, clusterNode *target) {
+    sds error = slotmigCheckNode();
+    if (error == NULL) error = checkSlots(slots);
+    if (error) return error;
+    if (target == NULL) return sdsnew("the target is not known to this node any more");
+    if (nodeFailed(target)) {
+        sds name = slotmigNodeName(target);
+        error = sdscatprintf(sdsempty(),"the target %s is marked as failing",name);
+        sdsfree(name);
+    } else if (!clusterNodeIsMaster(target)) {
+        sds name = slotmigNodeName(target);
+        error = sdscatprintf(sdsempty(),"the target %s is a replica: name its master",name);
+        sdsfree(name);
+    }
+    return error;
+}
+
+/* ---- OFFERED ---- */
+
+/* A guess at the bytes of the slots' RDB from a few keys, in time that does not
+ * depend on their number or size. */
+static unsigned long long estimateBytes(const slotSet *slots, unsigned long long keys) {
+    unsigned long long sum = 0;
+    int samples = 0, slot = -1;
+    kvstore *kvs = server.db[0].keys;
+    int step = slots->count/ESTIMATE_SAMPLES + 1;
+    for (slot = slotSetNext(slots,0); slot != -1 && samples < ESTIMATE_SAMPLES; slot = slotSetNext(slots,slot+step)) {
+        int next = slot;    /* a slot with keys near by */
+        while (next != -1 && next < slot+step && kvstoreDictSize(kvs,next) == 0) next = slotSetNext(slots,next+1);
+        if (next == -1 || kvstoreDictSize(kvs,next) == 0) continue;
+        dictEntry *de = kvstoreDictGetRandomKey(kvs,next);
+        robj key, *o = dictGetVal(de);
+        initStaticStringObject(key,dictGetKey(de));
+        sum += sdslen(key.ptr) + objectComputeSize(&key,o,5,0);
+        samples++;
+    }
+    return samples ? sum/samples*keys : 0;
+}
+
+static void offerDone(connection *conn, const char *line, const char *error, void *arg) {
+    UNUSED(line);
+    slotMigJob *job = arg;
+    job->src->offer = NULL;
+    if (conn) connClose(conn);
+    if (error == NULL) {
+        if (job->state == SLOTMIG_OFFERED) slotmigSetState(job,SLOTMIG_WAITING,"for the target's connections");
+        slotmigRequestAnswered(job,NULL);
+        return;
+    }
+    clusterNode *target = slotmigPeer(job);
+    sds name = target ? slotmigNodeName(target) : sdsnew(job->peer), why;
+    if (strstr(error,"unknown subcommand"))
+        why = sdscatprintf(sdsempty(),"the target %s runs a server that cannot take slots this way: upgrade it, or "
+            "use redis-cli --cluster reshard",name);
+    else
+        why = sdscatprintf(sdsempty(),"the target %s refuses: %s",name,!strncmp(error,"ERR ",4) ? error+4 : error);
+    sdsfree(name);
+    slotmigRequestAnswered(job,why);
+    slotmigFail(job,SLOTMIG_FAILED,why);
+}
+
+/* Checks, and makes the job that asks the target. NULL: *error tells why not. */
+slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, sds *error) {
+    if ((*error = checkSource(slots,target)) != NULL) return NULL;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        slotMigJob *other = slotmigJobOfSlot(j);
+        if (other) {
+            *error = sdscatprintf(sdsempty(),"slot %d is in slot migration %s already",j,other->id);
+            return NULL;
+        }
+        if (server.cluster->migrating_slots_to[j] || server.cluster->importing_slots_from[j]) {
+            *error = sdscatprintf(sdsempty(),"slot %d is in a CLUSTER SETSLOT state: use CLUSTER SETSLOT %d STABLE first",j,j);
+            return NULL;
+        }
+    }
+    slotMigJob *job = slotmigCreateJob(SLOTMIG_SOURCE,NULL,slots,target->name);
+    job->src = zcalloc(sizeof(*job->src));
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
+        job->keys_total += kvstoreDictSize(server.db[0].keys,j);
+    job->bytes_total = estimateBytes(slots,job->keys_total);
+    slotmigSetReason(job,"asking the target");
+
+    /* CLUSTER SLOTMIG OFFER protocol job source keys bytes start end ... */
+    int argc = 0, room = 8;
+    sds *argv = zmalloc(sizeof(sds)*room);
+    argv[argc++] = sdsnew("CLUSTER");
+    argv[argc++] = sdsnew("SLOTMIG");
+    argv[argc++] = sdsnew("OFFER");
+    argv[argc++] = sdsfromlonglong(SLOTMIG_PROTOCOL);
+    argv[argc++] = sdsnew(job->id);
+    argv[argc++] = sdsnewlen(server.cluster->myself->name,CLUSTER_NAMELEN);
+    argv[argc++] = sdscatfmt(sdsempty(),"%U",job->keys_total);
+    argv[argc++] = sdscatfmt(sdsempty(),"%U",job->bytes_total);
+    argv = slotmigRangeArgs(argv,&argc,slots);
+    job->src->offer = slotmigDial(target,argc,argv,offerDone,job);
+    zfree(argv);
+    return job;
+}
+
+/* ---- WAITING ---- */
+
+/* CLUSTER SLOTMIG ATTACH job what, from the target. The client is blocked until
+ * its connection is taken over. NULL: ok. */
+sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what) {
+    slotMigSource *s = job->src;
+    uint64_t *id;
+    if (job->role != SLOTMIG_SOURCE || job->state > SLOTMIG_WAITING)
+        return sdscatprintf(sdsempty(),"slot migration %s does not wait for connections",job->id);
+    if (slotmigFailPoint(FP_source_before_attach) == FAILPOINT_FAIL) return sdsnew("fail point source_before_attach");
+    if (!strcasecmp(what,"stream") && !s->stream && !s->stream_client) id = &s->stream_client;
+    else if (!strcasecmp(what,"snapshot") && !s->snapshot && !s->snapshot_client) id = &s->snapshot_client;
+    else return sdscatprintf(sdsempty(),"slot migration %s has its connections already",job->id);
+    *id = c->id;
+    blockClient(c,BLOCKED_LAZYFREE);
+    return NULL;
+}
+
+/* NULL: not yet, or (*id is 0 then) never. */
+static connection *takeConnection(uint64_t *id) {
+    client *c = lookupClientByID(*id);
+    /* What it was answered before, to AUTH, goes first. */
+    if (c && c->conn && clientHasPendingReplies(c) && writeToClient(c,0) == C_OK && clientHasPendingReplies(c))
+        return NULL;
+    c = lookupClientByID(*id);
+    *id = 0;
+    return c && c->conn && c->flags & CLIENT_BLOCKED ? slotmigStealConnection(c) : NULL;
+}
+
+void slotmigSourceBeforeSleep(void) {
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        slotMigSource *s = job->src;
+        if (s == NULL) continue;
+        sds line = sdscatfmt(sdsempty(),"+SLOTMIG %i\r\n",SLOTMIG_PROTOCOL);
+        if (s->stream_client) {
+            connection *conn = takeConnection(&s->stream_client);
+            if (conn) {
+                s->stream = slotmigLinkCreate(conn,job,sourceFrame,sourceClosed);
+                slotmigLinkSendLine(s->stream,sdsdup(line));
+            }
+        }
+        if (s->snapshot_client && (s->snapshot = takeConnection(&s->snapshot_client)) != NULL) {
+            /* An empty socket takes a short line. */
+            connWrite(s->snapshot,line,sdslen(line));
+        }
+        sdsfree(line);
+    }
+}
+
+/* ---- SNAPSHOT: the child ---- */
+
+static int saveSlot(slotRdbWriter *w, int slot, int64_t point) {
+    redisDb *db = server.db;
+    unsigned long keys = kvstoreDictSize(db->keys,slot);
+    int res = -1;
+    if (keys == 0) return 0;
+    if (slotRdbSectionBegin(w,slot,keys,kvstoreDictSize(db->expires,slot)) == -1) return -1;
+    kvstoreDictIterator *it = kvstoreGetDictIterator(db->keys,slot);
+    dictEntry *de;
+    while ((de = kvstoreDictIteratorNext(it)) != NULL) {
+        robj key, *o = dictGetVal(de);
+        size_t before = w->rdb->processed_bytes;
+        dictEntry *expire = kvstoreDictFind(db->expires,slot,dictGetKey(de));
+        initStaticStringObject(key,dictGetKey(de));
+        if (rdbSaveKeyValuePair(w->rdb,&key,o,expire ? dictGetSignedIntegerVal(expire) : -1,0) == -1) goto end;
+        dismissObject(o,w->rdb->processed_bytes-before);    /* gives pages back, less to copy */
+    }
+    if (slotRdbSectionEnd(w) == -1 || slotRdbWriteSectionAux(w,point) == -1) goto end;
+    res = 0;
+end:
+    kvstoreReleaseDictIterator(it);
+    return res;
+}
+
+/* Runs in the child. 0: all was written. */
+static int saveSnapshot(slotMigJob *job, int64_t point) {
+    rio rdb;
+    char magic[10];
+    slotRdbWriter w;
+    uint64_t sum;
+    int res = 1;
+    unsigned long long expires = 0;
+
+    server.rdb_compression = 0;     /* costs more than a local network does */
+    rioInitWithConnset(&rdb,&job->src->snapshot,1);
+    rdb.update_cksum = rioGenericUpdateChecksum;
+    slotRdbWriterInit(&w,&rdb,0);
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
+        expires += kvstoreDictSize(server.db[0].expires,j);
+    snprintf(magic,sizeof(magic),"REDIS%04d",RDB_VERSION);
+    if (rdbWriteRaw(&rdb,magic,9) == -1) goto end;
+    if (rdbSaveInfoAuxFields(&rdb,0,NULL) == -1) goto end;
+    if (job->keys_total) {
+        if (rdbSaveType(&rdb,RDB_OPCODE_SELECTDB) == -1 || rdbSaveLen(&rdb,0) == -1) goto end;
+        if (rdbSaveType(&rdb,RDB_OPCODE_RESIZEDB) == -1 || rdbSaveLen(&rdb,job->keys_total) == -1 ||
+            rdbSaveLen(&rdb,expires) == -1) goto end;
+    }
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
+        if (saveSlot(&w,j,point) == -1) goto end;
+        if (slotmigFailPoint(FP_source_in_child) == FAILPOINT_FAIL) goto end;
+    }
+    if (slotRdbWriteIndex(&w) == -1) goto end;
+    if (rdbSaveType(&rdb,RDB_OPCODE_EOF) == -1) goto end;
+    sum = rdb.cksum;
+    memrev64ifbe(&sum);
+    if (rioWrite(&rdb,&sum,8) == 0 || rioFlush(&rdb) == 0) goto end;
+    res = 0;
+end:
+    slotRdbWriterFree(&w);
+    rioFreeConnset(&rdb);
+    return res;
+}
+
+static void childDone(int exitcode, int bysignal, void *data) {
+    slotMigJob *job = data;
+    slotMigSource *s = job->src;
+    s->child = 0;
+    s->sent = 1;
+    if (exitcode == 0 && bysignal == 0) return;
+    slotmigFail(job,SLOTMIG_FAILED,bysignal ?
+        sdscatprintf(sdsempty(),"the snapshot's child process was ended by signal %d",bysignal) :
+        sdsnew("the snapshot's child process could not write to the target"));
+}
+
+static void startSnapshot(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    if (slotmigFailPoint(FP_source_before_fork) == FAILPOINT_PAUSE) return;
+
+    /* Without replicas the replication offset only counts bytes when there is a
+     * backlog, and a new backlog has a new history. */
+    if (server.repl_backlog == NULL) {
+        changeReplicationId();
+        clearReplicationId2();
+        createReplicationBacklog();
+    }
+    s->point = server.master_repl_offset;
+    job->keys_total = 0;
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
+        job->keys_total += kvstoreDictSize(server.db[0].keys,j);
+    connBlock(s->snapshot);
+    connSendTimeout(s->snapshot,server.repl_timeout*1000LL);
+
+    int pid = slotmigFailPoint(FP_source_before_fork) == FAILPOINT_FAIL ? -1 : RM_Fork(childDone,job);
+    if (pid == 0) RM_ExitFromChild(saveSnapshot(job,s->point));
+    if (pid == -1) {
+        slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"cannot fork the snapshot's child process: %s",strerror(errno)));
+        return;
+    }
+    s->child = pid;
+    job->started = mstime();
+    sds f = slotmigFrameStart(FRAME_SNAPSHOT);
+    f = slotmigFrameInt(f,s->point,8);
+    f = slotmigFrameInt(f,job->keys_total,8);
+    slotmigLinkSend(s->stream,f);
+    slotmigSetState(job,SLOTMIG_SNAPSHOT,NULL);
+}
+
+/* ---- FENCED ---- */
+
+static void fenceUp(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    job->attempt++;
+    slotmigSetState(job,SLOTMIG_FENCED,NULL);
+    slotSetChange(&fenced,&job->slots,1);
+    if (fences++ == 0)
+        pauseActions(PAUSE_BY_SLOT_MIGRATION,LLONG_MAX,PAUSE_ACTION_EXPIRE|PAUSE_ACTION_EVICT);
+    s->fenced_at = getMonotonicUs();
+    s->wrote = 0;
+
+    sds f = slotmigFrameStart(FRAME_CUT);
+    f = slotmigFrameInt(f,job->attempt,8);
+    f = slotmigFrameInt(f,server.master_repl_offset,8);
+    f = slotmigFrameInt(f,server.cluster->myself->configEpoch,8);
+    f = slotmigFrameInt(f,server.cluster->currentEpoch,8);
+    slotmigLinkSend(s->stream,f);
+    slotmigLinkFlush(s->stream);
+}
+
+static void fenceDown(slotMigJob *job) {
+    slotSetChange(&fenced,&job->slots,0);
+    if (--fences == 0) unpauseActions(PAUSE_BY_SLOT_MIGRATION);
+    unblockPostponedClients();
+}
+
+/* Give up this attempt, not the job. */
+static void discardAttempt(slotMigJob *job, const char *why) {
+    fenceDown(job);
+    slotmigSetState(job,SLOTMIG_STREAMING,why);
+    job->src->next_attempt = mstime()+RETRY_PERIOD;
+    slotmigLinkSend(job->src->stream,slotmigFrameInt(slotmigFrameStart(FRAME_DISCARD),job->attempt,8));
+}
+
+static void tryFence(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    unsigned long long lag = job->stream_bytes - job->stream_applied;
+    if (mstime() < s->next_attempt) return;
+    if (slotmigFailPoint(FP_source_before_cut) == FAILPOINT_PAUSE) return;
+    if (lag > (unsigned long long)slotmig_config.handoff_max_lag) {
+        slotmigSetReason(job,"the target lags %llu bytes behind the writes",lag);
+        return;
+    }
+    if (server.cluster->mf_end) {
+        slotmigSetReason(job,"a manual failover is in progress");
+        return;
+    }
+    if (isInsideYieldingLongCommand() || server.in_exec) return;
+    fenceUp(job);
+}
+
+/* The target's counts, slot by slot, against ours. NULL: equal. */
+static sds compareCounts(slotMigJob *job, frameReader *r) {
+    redisDb *db = server.db;
+    uint32_t n = frameGetInt(r,4);
+    int slot = slotSetNext(&job->slots,0);
+    for (uint32_t i = 0; i <= n && !r->bad; i++) {
+        int theirs = -1;
+        uint64_t keys = 0, expires = 0;
+        if (i < n) {
+            theirs = frameGetInt(r,2);
+            keys = frameGetInt(r,8);
+            expires = frameGetInt(r,8);
+            if (r->bad) break;
+        }
+        while (slot != -1 && slot != theirs && kvstoreDictSize(db->keys,slot) == 0) slot = slotSetNext(&job->slots,slot+1);
+        if (slot == -1 && theirs == -1) break;
+        if (slot != theirs || kvstoreDictSize(db->keys,slot) != keys || kvstoreDictSize(db->expires,slot) != expires)
+            return sdscatprintf(sdsempty(),"slot %d has %lu keys and %lu expires at the source, but slot %d has %llu and %llu "
+                "at the target",slot,slot == -1 ? 0 : kvstoreDictSize(db->keys,slot),
+                slot == -1 ? 0 : kvstoreDictSize(db->expires,slot),theirs,
+                (unsigned long long)keys,(unsigned long long)expires);
+        slot = slotSetNext(&job->slots,slot+1);
+    }
+    return NULL;
+}
+
+/* Clients in blocking commands on the slots would otherwise be redirected by
+ * the cron, up to a second later. */
+static void redirectBlockedClients(slotMigJob *job) {
+    list *clients = listCreate();
+    dictIterator *di = dictGetIterator(server.db[0].blocking_keys);
+    dictEntry *de;
+    while ((de = dictNext(di)) != NULL) {
+        sds key = ((robj*)dictGetKey(de))->ptr;
+        if (!slotSetHas(&job->slots,keyHashSlot(key,sdslen(key)))) continue;
+        listIter li;
+        listNode *ln;
+        listRewind(dictGetVal(de),&li);
+        while ((ln = listNext(&li)) != NULL) {
+            client *c = listNodeValue(ln);
+            if (!listSearchKey(clients,c)) listAddNodeTail(clients,c);
+        }
+    }
+    dictReleaseIterator(di);
+    listIter li;
+    listNode *ln;
+    listRewind(clients,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        client *c = listNodeValue(ln);
+        if (clusterRedirectBlockedClientIfNeeded(c)) unblockClientOnError(c,NULL);
+    }
+    listRelease(clients);
+}
+
+static void commit(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    job->write_pause_us = getMonotonicUs() - s->fenced_at;
+    slotSetChange(&closed,&job->slots,1);
+    slotmigSetState(job,SLOTMIG_COMMITTED,"the target takes over");
+    slotmigLinkSend(s->stream,slotmigFrameInt(slotmigFrameStart(FRAME_COMMIT),job->attempt,8));
+    if (slotmigFailPoint(FP_source_after_commit) == FAILPOINT_FAIL) {
+        /* As if the link broke before the last frame left. */
+        slotmigLinkFree(s->stream);
+        s->stream = NULL;
+    } else {
+        slotmigLinkFlush(s->stream);
+    }
+    fenceDown(job);
+    redirectBlockedClients(job);
+}
+
+static void prepared(slotMigJob *job, frameReader *r) {
+    uint64_t n = frameGetInt(r,8);
+    uint64_t epoch = frameGetInt(r,8);
+    if (r->bad || job->state != SLOTMIG_FENCED || n != job->attempt) return;  /* of a discarded attempt */
+    if (slotmigFailPoint(FP_source_before_commit) == FAILPOINT_PAUSE) return;
+    if (slotmigFailPoint(FP_source_before_commit) == FAILPOINT_FAIL) {
+        discardAttempt(job,"fail point source_before_commit");
+        return;
+    }
+    if (job->src->wrote) {
+        discardAttempt(job,"something wrote to the slots behind the fence");
+        return;
+    }
+    sds error = compareCounts(job,r);
+    if (error == NULL) error = checkSource(&job->slots,slotmigPeer(job));
+    if (r->bad) { sdsfree(error); return; }     /* the link ends */
+    if (error) {
+        slotmigFail(job,SLOTMIG_FAILED,error);
+        return;
+    }
+    job->epoch = epoch;
+    commit(job);
+}
+
+/* ---- COMMITTED ---- */
+
+/* This node's data changed other than by commands: whoever copies it must take
+ * a new copy. Cannot happen before replicas and the AOF are part of a job, but
+ * one may have come while the hand-off was on its way. */
+void slotmigDatasetChanged(void) {
+    if (listLength(server.slaves)) {
+        changeReplicationId();
+        clearReplicationId2();
+        disconnectSlaves();
+    }
+    if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
+}
+
+/* The target has the slots, with this epoch. */
+static void handOffDone(slotMigJob *job, uint64_t epoch) {
+    clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
+    job->epoch = epoch;
+    if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
+    if (target && clusterNodeIsMaster(myself)) {
+        if (target->configEpoch < epoch) target->configEpoch = epoch;
+        for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
+            if (server.cluster->slots[j] != myself) continue;
+            clusterDelSlot(j);
+            clusterAddSlot(target,j);
+        }
+        clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE|CLUSTER_TODO_FSYNC_CONFIG);
+    }
+    slotmigSetState(job,SLOTMIG_TRIMMING,NULL);
+    if (job->src->stream) {
+        slotmigLinkFree(job->src->stream);
+        job->src->stream = NULL;
+    }
+    /* Clients that cache keys of ours, or watch them, hear of it. */
+    if (server.tracking_clients) trackingInvalidateKeysOnFlush(1);
+    dictIterator *di = dictGetSafeIterator(server.db[0].watched_keys);
+    dictEntry *de;
+    while ((de = dictNext(di)) != NULL) {
+        robj *key = dictGetKey(de);
+        if (slotSetHas(&job->slots,keyHashSlot(key->ptr,sdslen(key->ptr)))) touchWatchedKey(server.db,key);
+    }
+    dictReleaseIterator(di);
+    job->src->limbo = slotmigLimboCreate();
+}
+
+/* The target will never take this attempt: we still own the slots, go on. */
+static void takeBack(slotMigJob *job, const char *why) {
+    slotSetChange(&closed,&job->slots,0);
+    /* Past the commit only these two words of the target end a job: TAKEN, and this. */
+    slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target did not take over: %s",why));
+    unblockPostponedClients();
+}
+
+static void askDone(connection *conn, const char *line, const char *error, void *arg) {
+    slotMigJob *job = arg;
+    unsigned long long epoch;
+    job->src->ask = NULL;
+    job->src->next_ask = mstime()+ASK_PERIOD;
+    if (conn) connClose(conn);
+    if (error) slotmigSetReason(job,"committed; asking the target whether it took over: %s",error);
+    else if (sscanf(line,"+TAKEN %llu",&epoch) == 1) handOffDone(job,epoch);
+    else if (!strncmp(line,"+DISCARDED",10)) takeBack(job,"it had lost the job");
+    else slotmigSetReason(job,"committed; the target has not taken over yet");
+}
+
+static void askTarget(slotMigJob *job) {
+    clusterNode *target = slotmigPeer(job);
+    if (job->src->stream || job->src->ask || mstime() < job->src->next_ask) return;
+    if (target == NULL) {
+        slotmigSetReason(job,"committed; the target was forgotten: CLUSTER MEET it again");
+        return;
+    }
+    job->src->ask = slotmigAsk(job,target,askDone);
+}
+
+sds slotmigSourceAnswer(slotMigJob *job) {
+    if (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_TRIMMING || job->state == SLOTMIG_DONE)
+        return sdscatfmt(sdsempty(),"COMMITTED %U",job->attempt);
+    /* The asker lost its link, so the attempt it asks about will never be
+     * committed: COMMIT goes on the connection of the CUT only. */
+    return sdsnew("DISCARDED");
+}
+
+/* ---- TRIMMING ---- */
+
+static void trimStep(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    monotime until = slotmigSliceEnd();
+    if (slotmigFailPoint(FP_source_before_trim) == FAILPOINT_PAUSE) return;
+    while (clusterNodeIsMaster(server.cluster->myself)) {
+        int slot = slotSetNext(&job->slots,s->trim_slot);
+        if (slot == -1) break;
+        if (!slotmigUnlinkFieldExpiry(slot,&s->trim_cursor,until)) return;
+        unsigned long long keys = slotmigLimboTake(s->limbo,slot);
+        job->trimmed += keys;
+        server.dirty += keys;
+        s->trim_slot = slot+1;
+        s->trim_cursor = 0;
+        if (getMonotonicUs() >= until) return;
+    }
+    slotmigDatasetChanged();
+    clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
+    slotmigEndJob(job,SLOTMIG_DONE,NULL);
+    /* As upstream does on seeing the claim of a node's last slot. */
+    if (target && clusterNodeIsMaster(myself) && myself->numslots == 0 &&
+        server.cluster_allow_replica_migration)
+    {
+        serverLog(LL_NOTICE,"The last slot moved away. Reconfiguring myself as a replica of %.40s",target->name);
+        clusterSetMaster(target);
+        clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE|CLUSTER_TODO_FSYNC_CONFIG);
+    }
+}
+
+/* ---- what comes from outside ---- */
+
+static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
+    slotMigSource *s = job->src;
+    switch (type) {
+    case FRAME_ACK: {
+        uint64_t keys = frameGetInt(r,8), bytes = frameGetInt(r,8), applied = frameGetInt(r,8);
+        int complete = frameGetInt(r,1);
+        if (r->bad) return;
+        job->keys_done = keys;
+        job->bytes_done = bytes;
+        job->stream_applied = applied;
+        if (complete && job->state == SLOTMIG_SNAPSHOT) {
+            job->bytes_total = bytes;
+            s->complete = 1;
+            slotmigSetState(job,SLOTMIG_STREAMING,NULL);
+        }
+        slotmigJobStep(job);
+        break;
+    }
+    case FRAME_PREPARED:
+        prepared(job,r);
+        break;
+    case FRAME_TAKEN: {
+        uint64_t n = frameGetInt(r,8), epoch = frameGetInt(r,8);
+        if (!r->bad && job->state == SLOTMIG_COMMITTED && n == job->attempt) handOffDone(job,epoch);
+        break;
+    }
+    case FRAME_LOST: {
+        uint64_t n = frameGetInt(r,8);
+        size_t len = r->end - r->p;
+        const char *why = frameGetBytes(r,len);
+        if (r->bad || job->state != SLOTMIG_COMMITTED || n != job->attempt) return;
+        sds text = sdsnewlen(why,len);
+        takeBack(job,text);
+        sdsfree(text);
+        break;
+    }
+    case FRAME_FAIL: {
+        int cancelled = frameGetInt(r,1);
+        size_t len = r->end - r->p;
+        const char *why = frameGetBytes(r,len);
+        if (r->bad || !slotmigCancellable(job)) return;
+        slotmigFail(job,cancelled ? SLOTMIG_CANCELLED : SLOTMIG_FAILED,
+            sdscatlen(sdsnew("at the target: "),why,len));
+        break;
+    }
+    default:
+        r->bad = 1;
+    }
+}
+
+static void sourceClosed(slotMigJob *job, const char *why) {
+    slotmigLinkFree(job->src->stream);
+    job->src->stream = NULL;
+    if (slotmigCancellable(job)) {
+        slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the link to the target is lost: %s",why));
+    } else {
+        slotmigSetReason(job,"committed; the link to the target is lost: %s",why);
+    }
+}
+
+void slotmigSourceFlushed(slotMigJob *job) {
+    if (slotmigCancellable(job))
+        slotmigFail(job,SLOTMIG_FAILED,sdsnew("the node's keys were flushed in the middle: start the migration again"));
+}
+
+/* ---- the step ---- */
+
+void slotmigSourceStep(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    if (s->stream) slotmigLinkTick(s->stream);
+    if (slotmigEnded(job)) return;
+    if (slotmigCancellable(job)) {
+        sds error = checkSource(&job->slots,slotmigPeer(job));
+        if (error) {
+            slotmigFail(job,SLOTMIG_FAILED,error);
+            return;
+        }
+        if (s->stream && s->stream->out_bytes > slotmig_config.buffer_limit) {
+            slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the writes to the slots are faster than the target: "
+                "%zu bytes wait, raise cluster-slot-migration-buffer-limit",s->stream->out_bytes));
+            return;
+        }
+    }
+    switch (job->state) {
+    case SLOTMIG_WAITING:
+        if (!s->stream || !s->snapshot) {
+            if (mstime() - job->state_since > server.repl_timeout*1000LL)
+                slotmigFail(job,SLOTMIG_FAILED,sdsnew("the target did not connect within repl-timeout"));
+        } else if (hasActiveChildProcess()) {
+            slotmigSetReason(job,"another child process runs (%s)",strChildType(server.child_type));
+        } else {
+            startSnapshot(job);
+        }
+        break;
+    case SLOTMIG_STREAMING:
+        tryFence(job);
+        break;
+    case SLOTMIG_FENCED:
+        if ((long long)(getMonotonicUs() - s->fenced_at) > slotmig_config.write_pause_timeout*1000)
+            discardAttempt(job,"the target was not prepared within cluster-slot-migration-write-pause-timeout");
+        break;
+    case SLOTMIG_COMMITTED:
+        askTarget(job);
+        break;
+    case SLOTMIG_TRIMMING:
+        trimStep(job);
+        break;
+    default:
+        break;
+    }
+}
+
+void slotmigSourceFree(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    /* The state is an ending one already: what it was before tells by what is up. */
+    if (slotSetNext(&job->slots,0) != -1) {
+        int first = slotSetNext(&job->slots,0);
+        if (slotSetHas(&fenced,first)) fenceDown(job);
+        if (slotSetHas(&closed,first)) slotSetChange(&closed,&job->slots,0);
+    }
+    if (s->offer) {
+        slotmigDialCancel(s->offer);
+        slotmigRequestAnswered(job,job->last_error);
+    }
+    slotmigDialCancel(s->ask);
+    if (s->stream && job->last_error && sdslen(job->last_error)) {
+        sds f = slotmigFrameInt(slotmigFrameStart(FRAME_ABORT),job->state == SLOTMIG_CANCELLED,1);
+        slotmigLinkSend(s->stream,sdscatsds(f,job->last_error));
+    }
+    slotmigLinkFree(s->stream);
+    if (s->child) RM_KillForkChild(s->child);
+    if (s->snapshot) {
+        shutdown(s->snapshot->fd,SHUT_RDWR);    /* its TLS state is the child's: say nothing through it */
+        connClose(s->snapshot);
+    }
+    slotmigLimboFree(s->limbo);
+    zfree(s);
+    job->src = NULL;
+}

@@ -1,0 +1,720 @@
+/* slotmig_target.c -- the target's side of a job.
+ *
+ *   CONNECTING  two dials to the source: stream and snapshot
+ *   LOADING     the source said SNAPSHOT: the loader's thread takes that
+ *               connection. Finished sections are attached to the shadow; writes
+ *               that arrive for a slot are applied there, or queued for as long
+ *               as its section is not there
+ *   FOLLOWING   all sections are here
+ *   PREPARING   CUT n came: everything before it is applied
+ *   PREPARED    an epoch is reserved, PREPARED n with the counts of every slot
+ *               is sent. From here this node is bound: it neither forgets nor
+ *               takes over by itself. If the link breaks it asks the source.
+ *               Clients that come for the slots a moment early are held
+ *   DONE        COMMIT n came: slots into our map with the reserved epoch,
+ *               nodes.conf, shadow merged, one PONG to every node, TAKEN
+ *
+ * Commands of the stream run by a client that is pinned to the shadow and has
+ * no connection. Its commands' functions are called directly: no redirection,
+ * no limits, no statistics, no MONITOR, no slow log; nothing is propagated or
+ * notified; keys expire only when the source says so (slotmigApplying()).
+ * An error of any such command fails the job: a hand-off with a key missing is
+ * the worst that this program could do.
+ *
+ * Must never happen: taking a slot without COMMIT; two attempts taken; a key
+ * of a shadow seen by anyone; a job forgotten while the source may commit it.
+ *
+ * Main thread only, but for the loader's.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#include "slotmig_job.h"
+
+#define ACK_PERIOD 50               /* ms between two words about progress */
+#define ASK_PERIOD 200              /* ms between two questions to a silent source */
+#define APPLY_CHECK 16              /* commands applied between two looks at the clock */
+
+int slotmig_applying;
+
+struct slotMigTarget {
+    slotMigDial *dial_stream, *dial_snapshot;
+    slotMigLink *stream;
+    connection *snapshot;           /* until the loader takes it */
+    slotMigLoader *loader;
+    slotMigShadow *shadow;
+    client *applier;
+    slotSet ready;                  /* slots whose section is in the shadow */
+    int all_ready;
+    slotMigSection *registering;    /* attached, its field expiry is not registered yet */
+    long long points[CLUSTER_SLOTS];    /* of each ready slot */
+    int announced;                  /* the source said SNAPSHOT */
+    long long snapshot_point;
+    list *queues[CLUSTER_SLOTS];    /* of queuedOp*, for slots that are not ready or not drained */
+    slotSet draining;               /* ready, but with a queue */
+    size_t queued_bytes;
+    unsigned long long ops_bytes;   /* of frames received */
+    uint64_t cut_n, cut_epoch, cut_current;
+    long long cut_offset;
+    mstime_t last_ack, prepared_at;
+    slotMigDial *ask;
+    mstime_t next_ask;
+};
+
+typedef struct queuedOp {
+    long long offset;
+    size_t bytes;
+    int argc;
+    robj *argv[];
+} queuedOp;
+
+static void targetFrame(slotMigJob *job, int type, frameReader *r);
+static void targetClosed(slotMigJob *job, const char *why);
+
+slotMigLink *slotmigTargetStream(slotMigJob *job) {
+    return job->tgt ? job->tgt->stream : NULL;
+}
+
+/* ---- OFFER ---- */
+
+static int slotHasLeftovers(int slot) {
+    return kvstoreDictSize(server.db[0].keys,slot) != 0;
+}
+
+/* What must hold at the target at the start and until it is bound. */
+static sds checkTarget(const slotSet *slots, const char *source) {
+    sds error = slotmigCheckNode();
+    clusterNode *from = clusterLookupNode(source,CLUSTER_NAMELEN);
+    if (error) return error;
+    if (from == NULL) return sdscatprintf(sdsempty(),"node %.40s is not known here: CLUSTER MEET it first",source);
+    if (writeCommandsDeniedByDiskError() != DISK_ERROR_TYPE_NONE)
+        return sdsnew("it does not accept writes because it cannot write its data to disk: see its log");
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        if (server.cluster->slots[j] != from)
+            return sdscatprintf(sdsempty(),"slot %d is not served by node %.40s as far as it knows: try again when "
+                "CLUSTER NODES is the same on both",j,source);
+        if (slotHasLeftovers(j))
+            return sdscatprintf(sdsempty(),"slot %d has %lu leftover keys there: delete them (CLUSTER GETKEYSINSLOT) first",
+                j,kvstoreDictSize(server.db[0].keys,j));
+    }
+    return NULL;
+}
+
+static sds checkMemory(unsigned long long more) {
+    size_t used = zmalloc_used_memory();
+    if (server.maxmemory == 0 || used + more <= server.maxmemory) return NULL;
+    return sdscatprintf(sdsempty(),"it uses %zu of maxmemory %llu bytes and the slots need about %llu more: raise maxmemory",
+        used,server.maxmemory,more);
+}
+
+static void startDials(slotMigJob *job);
+
+/* NULL: the job is accepted and made; else why not. */
+sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
+                       unsigned long long keys, unsigned long long bytes)
+{
+    sds error = checkTarget(slots,source);
+    if (error == NULL) error = checkMemory(bytes);
+    if (error) return error;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        slotMigJob *other = slotmigJobOfSlot(j);
+        if (other) return sdscatprintf(sdsempty(),"slot %d is in slot migration %s there",j,other->id);
+        if (server.cluster->migrating_slots_to[j] || server.cluster->importing_slots_from[j])
+            return sdscatprintf(sdsempty(),"slot %d is in a CLUSTER SETSLOT state there: use CLUSTER SETSLOT %d STABLE first",j,j);
+    }
+    if (slotmigFindJob(id)) return sdsnew("a job with this id is known there");
+    if (slotmigFailPoint(FP_target_before_accept) == FAILPOINT_FAIL) return sdsnew("fail point target_before_accept");
+    slotMigShadow *shadow = slotmigShadowCreate();
+    if (shadow == NULL) return sdsnew("it takes part in as many migrations as it can: try again later");
+
+    slotMigJob *job = slotmigCreateJob(SLOTMIG_TARGET,id,slots,source);
+    slotMigTarget *t = job->tgt = zcalloc(sizeof(*t));
+    t->shadow = shadow;
+    t->applier = createClient(NULL);
+    t->applier->flags |= CLIENT_DENY_BLOCKING;
+    job->keys_total = keys;
+    job->bytes_total = bytes;
+    startDials(job);
+    return NULL;
+}
+
+/* ---- CONNECTING ---- */
+
+static void failTarget(slotMigJob *job, sds error);
+static void startLoaderThread(slotMigJob *job);
+
+static void streamDialed(connection *conn, const char *line, const char *error, void *arg) {
+    slotMigJob *job = arg;
+    int version = 0;
+    job->tgt->dial_stream = NULL;
+    if (conn == NULL) {
+        failTarget(job,sdscatprintf(sdsempty(),"cannot attach to the source: %s",error));
+    } else if (sscanf(line,"+SLOTMIG %d",&version) != 1 || version != SLOTMIG_PROTOCOL) {
+        connClose(conn);
+        failTarget(job,sdsnew("cannot attach to the source: it runs another version of this server"));
+    } else {
+        job->tgt->stream = slotmigLinkCreate(conn,job,targetFrame,targetClosed);
+        slotmigSetReason(job,"waiting for the source's snapshot");
+    }
+}
+
+static void snapshotDialed(connection *conn, const char *line, const char *error, void *arg) {
+    UNUSED(line);
+    slotMigJob *job = arg;
+    job->tgt->dial_snapshot = NULL;
+    if (conn == NULL) {
+        failTarget(job,sdscatprintf(sdsempty(),"cannot attach to the source: %s",error));
+        return;
+    }
+    job->tgt->snapshot = conn;
+    startLoaderThread(job);
+}
+
+static slotMigDial *dialAttach(slotMigJob *job, const char *what, slotMigDialDone *done) {
+    sds argv[5] = { sdsnew("CLUSTER"), sdsnew("SLOTMIG"), sdsnew("ATTACH"), sdsnew(job->id), sdsnew(what) };
+    return slotmigDial(slotmigPeer(job),5,argv,done,job);
+}
+
+static void startDials(slotMigJob *job) {
+    slotmigSetReason(job,"connecting to the source");
+    job->tgt->dial_stream = dialAttach(job,"stream",streamDialed);
+    job->tgt->dial_snapshot = dialAttach(job,"snapshot",snapshotDialed);
+}
+
+/* ---- applying ---- */
+
+/* The command of argv, as the stream may contain it. NULL: it may not. */
+static struct redisCommand *streamCommand(robj **argv, int argc) {
+    struct redisCommand *cmd = lookupCommandOrOriginal(argv,argc);
+    if (cmd == NULL || !(cmd->flags & (CMD_WRITE|CMD_MAY_REPLICATE))) return NULL;
+    /* These would leave the shadow. Effects are replicated, so they never come. */
+    if (cmd->proc == moveCommand || cmd->proc == swapdbCommand || cmd->proc == flushallCommand ||
+        cmd->proc == flushdbCommand || cmd->flags & CMD_NOSCRIPT) return NULL;
+    if ((cmd->arity > 0 && cmd->arity != argc) || argc < -cmd->arity) return NULL;
+    return cmd;
+}
+
+/* COPY a b DB 0 would select database 0 of the server, not the shadow. */
+static int withoutDbOption(robj **argv, int argc) {
+    for (int i = 3; i+1 < argc; i++) {
+        if (strcasecmp(argv[i]->ptr,"db")) continue;
+        decrRefCount(argv[i]);
+        decrRefCount(argv[i+1]);
+        for (int j = i+2; j < argc; j++) argv[j-2] = argv[j];
+        return argc-2;
+    }
+    return argc;
+}
+
+/* Run one command in the shadow. Takes the references in argv. NULL: done, else
+ * what is wrong. */
+static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
+    client *c = job->tgt->applier, *prev = server.current_client, *prev_executing = server.executing_client;
+    sds error = NULL;
+    struct redisCommand *cmd = streamCommand(argv,argc);
+
+    if (slotmigFailPoint(FP_target_before_apply) == FAILPOINT_FAIL || cmd == NULL) {
+        error = sdscatprintf(sdsempty(),"a command of the stream cannot be applied to slot %d: '%.64s'",slot,(char*)argv[0]->ptr);
+        for (int i = 0; i < argc; i++) decrRefCount(argv[i]);
+        return error;
+    }
+    if (cmd->proc == copyCommand) argc = withoutDbOption(argv,argc);
+    c->argv = zmalloc(sizeof(robj*)*argc);
+    memcpy(c->argv,argv,sizeof(robj*)*argc);
+    c->argc = c->argv_len = argc;
+    c->cmd = c->lastcmd = c->realcmd = cmd;
+    c->db = slotmigShadowDb(job->tgt->shadow);
+    c->slot = slot;
+
+    /* As call() does, without what concerns clients. The flags: what a replica
+     * would do, without ever blocking; MASTER must be gone when c is freed. */
+    long long dirty = server.dirty, errors = server.stat_total_error_replies;
+    int allowed = server.replication_allowed;
+    server.replication_allowed = 0;
+    server.current_client = server.executing_client = c;
+    c->flags |= CLIENT_EXECUTING_COMMAND|CLIENT_MASTER;
+    slotmig_applying = 1;
+    enterExecutionUnit(1,0);
+    cmd->proc(c);
+    exitExecutionUnit();
+    slotmig_applying = 0;
+    c->flags &= ~(CLIENT_EXECUTING_COMMAND|CLIENT_MASTER);
+    server.current_client = prev;
+    server.executing_client = prev_executing;
+    server.replication_allowed = allowed;
+    server.dirty = dirty;   /* it counts when the slots are taken over */
+
+    if (server.stat_total_error_replies != errors)
+        error = sdscatprintf(sdsempty(),"the command '%s' of the stream failed in slot %d on key '%.64s'",
+            cmd->fullname,slot,c->argc > 1 ? (char*)c->argv[1]->ptr : "");
+    resetClient(c);
+    return error;
+}
+
+static void freeQueuedOp(queuedOp *op) {
+    for (int i = 0; i < op->argc; i++) decrRefCount(op->argv[i]);
+    zfree(op);
+}
+
+static void freeQueues(slotMigTarget *t) {
+    for (int j = 0; j < CLUSTER_SLOTS; j++) {
+        if (t->queues[j] == NULL) continue;
+        listSetFreeMethod(t->queues[j],(void (*)(void*))freeQueuedOp);
+        listRelease(t->queues[j]);
+        t->queues[j] = NULL;
+    }
+}
+
+static int slotIsReady(slotMigTarget *t, int slot) {
+    return t->all_ready ? 1 : slotSetHas(&t->ready,slot);
+}
+
+/* Apply what is queued for ready slots until the clock reads `until`. NULL: no
+ * error. */
+static sds drainQueues(slotMigJob *job, monotime until) {
+    slotMigTarget *t = job->tgt;
+    int slot, n = 0;
+    while (t->draining.count && (slot = slotSetNext(&t->draining,0)) != -1) {
+        list *q = t->queues[slot];
+        listNode *ln;
+        while ((ln = listFirst(q)) != NULL) {
+            queuedOp *op = listNodeValue(ln);
+            sds error = NULL;
+            listDelNode(q,ln);
+            t->queued_bytes -= op->bytes;
+            if (op->offset > t->points[slot]) {
+                error = applyOp(job,slot,op->argv,op->argc);
+                op->argc = 0;
+            }
+            freeQueuedOp(op);
+            if (error) return error;
+            if (++n % APPLY_CHECK == 0 && getMonotonicUs() >= until) return NULL;
+        }
+        listRelease(q);
+        t->queues[slot] = NULL;
+        slotSetRemove(&t->draining,slot);
+    }
+    return NULL;
+}
+
+/* One frame of writes. */
+static void gotOps(slotMigJob *job, frameReader *r) {
+    slotMigTarget *t = job->tgt;
+    long long offset = frameGetInt(r,8);
+    uint32_t n = frameGetInt(r,4);
+    for (uint32_t i = 0; i < n; i++) {
+        int slot = frameGetInt(r,2);
+        uint32_t argc = frameGetInt(r,4);
+        const unsigned char *first = r->p;
+        if (r->bad || slot >= CLUSTER_SLOTS || !slotSetHas(&job->slots,slot) || argc == 0 ||
+            argc > (size_t)(r->end - r->p)/4)
+        {
+            r->bad = 1;
+            return;
+        }
+        queuedOp *op = zmalloc(sizeof(*op)+sizeof(robj*)*argc);
+        op->offset = offset;
+        op->argc = 0;
+        while ((uint32_t)op->argc < argc) {
+            size_t len = frameGetInt(r,4);
+            const char *p = frameGetBytes(r,len);
+            if (p == NULL) {
+                freeQueuedOp(op);
+                return;
+            }
+            op->argv[op->argc++] = createStringObject(p,len);
+        }
+        op->bytes = r->p - first;
+        if (slotIsReady(t,slot) && t->queues[slot] == NULL) {
+            sds error = NULL;
+            if (offset > t->points[slot]) {
+                error = applyOp(job,slot,op->argv,op->argc);
+                op->argc = 0;
+            }
+            freeQueuedOp(op);
+            if (error) {
+                failTarget(job,error);
+                return;
+            }
+        } else {
+            if (t->queues[slot] == NULL) t->queues[slot] = listCreate();
+            listAddNodeTail(t->queues[slot],op);
+            t->queued_bytes += op->bytes;
+        }
+    }
+}
+
+/* ---- LOADING ---- */
+
+static void slotBecameReady(slotMigJob *job, int slot, long long point) {
+    slotMigTarget *t = job->tgt;
+    t->points[slot] = point;
+    slotSetAdd(&t->ready,slot);
+    if (t->queues[slot]) slotSetAdd(&t->draining,slot);
+}
+
+/* Register hashes with field TTLs of the section just attached. 1: finished. */
+static int registerStep(slotMigJob *job, monotime until) {
+    slotMigSection *s = job->tgt->registering;
+    listNode *ln;
+    int n = 0;
+    while (s->field_expiry && (ln = listFirst(s->field_expiry)) != NULL) {
+        slotmigShadowRegister(job->tgt->shadow,listNodeValue(ln));
+        listDelNode(s->field_expiry,ln);
+        if (++n % APPLY_CHECK == 0 && getMonotonicUs() >= until) return 0;
+    }
+    slotBecameReady(job,s->slot,s->point);
+    slotmigSectionFree(s);
+    job->tgt->registering = NULL;
+    return 1;
+}
+
+/* Take finished sections from the loader, in a slice. C_ERR: the job is over. */
+static int takeSections(slotMigJob *job, monotime until) {
+    slotMigTarget *t = job->tgt;
+    const char *error;
+    unsigned long long bytes;
+    if (t->loader == NULL) return C_OK;
+    if (slotmigFailPoint(FP_target_before_section) == FAILPOINT_PAUSE) return C_OK;
+    while (getMonotonicUs() < until) {
+        if (t->registering) {
+            if (!registerStep(job,until)) break;
+            continue;
+        }
+        slotMigSection *s = slotmigLoaderNext(t->loader);
+        if (s == NULL) break;
+        if (slotmigFailPoint(FP_target_before_section) == FAILPOINT_FAIL) {
+            slotmigSectionFree(s);
+            failTarget(job,sdsnew("fail point target_before_section"));
+            return C_ERR;
+        }
+        slotmigShadowAttach(t->shadow,s->slot,s->keys,s->expires);
+        job->keys_done += s->nkeys;
+        t->registering = s;
+    }
+    int state = slotmigLoaderState(t->loader,&error,&bytes);
+    job->bytes_done = bytes;
+    if (state == -1) {
+        failTarget(job,sdscatprintf(sdsempty(),"the snapshot could not be loaded: %s",error));
+        return C_ERR;
+    }
+    if (state == 1 && t->registering == NULL) {
+        /* Slots without a section were empty. */
+        for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
+            if (!slotSetHas(&t->ready,j)) slotBecameReady(job,j,t->snapshot_point);
+        t->all_ready = 1;
+        job->bytes_total = job->bytes_done;
+        slotmigLoaderFree(t->loader);
+        t->loader = NULL;
+        if (job->state == SLOTMIG_LOADING) slotmigSetState(job,SLOTMIG_FOLLOWING,NULL);
+        t->last_ack = 0;    /* tell at once */
+    }
+    return C_OK;
+}
+
+static void loaderWake(void *arg) {
+    slotmigJobStep(arg);
+}
+
+/* The announcement and the connection come on two sockets, in any order. */
+static void startLoaderThread(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    if (!t->announced || t->snapshot == NULL) return;
+    if (slotmigFailPoint(FP_target_before_load) == FAILPOINT_FAIL) {
+        failTarget(job,sdsnew("fail point target_before_load"));
+        return;
+    }
+    t->loader = slotmigLoaderStart(t->snapshot,&job->slots,loaderWake,job);
+    if (t->loader == NULL) {
+        failTarget(job,sdsnew("cannot start the loader's thread: the node is out of threads or descriptors"));
+        return;
+    }
+    t->snapshot = NULL;
+    slotmigSetState(job,SLOTMIG_LOADING,NULL);
+}
+
+static void gotSnapshot(slotMigJob *job, frameReader *r) {
+    slotMigTarget *t = job->tgt;
+    long long point = frameGetInt(r,8);
+    uint64_t keys = frameGetInt(r,8);
+    if (r->bad || t->announced) {
+        r->bad = 1;
+        return;
+    }
+    job->keys_total = keys;
+    job->started = mstime();
+    t->announced = 1;
+    t->snapshot_point = point;
+    startLoaderThread(job);
+}
+
+/* ---- PREPARING, PREPARED ---- */
+
+static void gotCut(slotMigJob *job, frameReader *r) {
+    slotMigTarget *t = job->tgt;
+    uint64_t n = frameGetInt(r,8);
+    long long offset = frameGetInt(r,8);
+    uint64_t epoch = frameGetInt(r,8), current = frameGetInt(r,8);
+    if (r->bad || job->state != SLOTMIG_FOLLOWING || n <= t->cut_n) {
+        r->bad = 1;
+        return;
+    }
+    t->cut_n = job->attempt = n;
+    t->cut_offset = offset;
+    t->cut_epoch = epoch;
+    t->cut_current = current;
+    slotmigSetState(job,SLOTMIG_PREPARING,NULL);
+    slotmigJobStep(job);
+}
+
+static void gotDiscard(slotMigJob *job, frameReader *r) {
+    uint64_t n = frameGetInt(r,8);
+    if (r->bad || n != job->tgt->cut_n) return;
+    if (job->state != SLOTMIG_PREPARING && job->state != SLOTMIG_PREPARED) return;
+    slotmigSetState(job,SLOTMIG_FOLLOWING,"the source discarded the attempt");
+    unblockPostponedClients();
+}
+
+static void prepare(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    redisDb *db = slotmigShadowDb(t->shadow);
+    failPointAction fp = slotmigFailPoint(FP_target_before_prepared);
+
+    if (!t->all_ready || t->draining.count || t->queued_bytes || fp == FAILPOINT_PAUSE) return;
+    sds error = fp == FAILPOINT_FAIL ? sdsnew("fail point target_before_prepared") : checkTarget(&job->slots,job->peer);
+    clusterNode *source = slotmigPeer(job);
+    if (error == NULL && source->configEpoch > t->cut_epoch)
+        error = sdsnew("the source's slots changed in the middle of the hand-off");
+    if (error) {
+        failTarget(job,error);
+        return;
+    }
+    /* Reserved: above everything that either node knows of, and remembered by
+     * nodes.conf so that it is never reserved twice. */
+    uint64_t current = server.cluster->currentEpoch;
+    job->epoch = (current > t->cut_current ? current : t->cut_current)+1;
+    server.cluster->currentEpoch = job->epoch;
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+
+    uint32_t slots = 0;
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
+        if (kvstoreDictSize(db->keys,j)) slots++;
+    sds f = slotmigFrameStart(FRAME_PREPARED);
+    f = slotmigFrameInt(f,t->cut_n,8);
+    f = slotmigFrameInt(f,job->epoch,8);
+    f = slotmigFrameInt(f,slots,4);
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
+        if (kvstoreDictSize(db->keys,j) == 0) continue;
+        f = slotmigFrameInt(f,j,2);
+        f = slotmigFrameInt(f,kvstoreDictSize(db->keys,j),8);
+        f = slotmigFrameInt(f,kvstoreDictSize(db->expires,j),8);
+    }
+    t->prepared_at = mstime();
+    slotmigSetState(job,SLOTMIG_PREPARED,"waiting for the source to commit");
+    slotmigLinkSend(t->stream,f);
+    slotmigLinkFlush(t->stream);
+    slotmigFailPoint(FP_target_prepared);
+}
+
+/* A client that comes for a slot of which this node is not the owner yet: the
+ * source has sent it here, its COMMIT is on the way. */
+int slotmigHoldClient(client *c, int slot) {
+    if (!slotmigActive() || slot < 0) return 0;
+    slotMigJob *job = slotmigJobOfSlot(slot);
+    if (job == NULL || job->state != SLOTMIG_PREPARED) return 0;
+    if (mstime() - job->tgt->prepared_at > server.cluster_node_timeout) return 0;
+    if (c->flags & CLIENT_DENY_BLOCKING) return 0;
+    blockPostponeClient(c);
+    return 1;
+}
+
+/* ---- taking over ---- */
+
+/* Why this node cannot take the slots in spite of the source's commit. */
+static sds cannotTake(slotMigJob *job) {
+    clusterNode *myself = server.cluster->myself, *source = slotmigPeer(job);
+    if (!clusterNodeIsMaster(myself)) return sdsnew("the target is not a master any more");
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
+        clusterNode *owner = server.cluster->slots[j];
+        if (owner == myself || owner == NULL) continue;
+        if (owner != source || owner->configEpoch >= job->epoch)
+            return sdscatprintf(sdsempty(),"slot %d belongs to node %.40s by a later decision",j,owner->name);
+    }
+    return NULL;
+}
+
+static void takeOver(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    clusterNode *myself = server.cluster->myself;
+    failPointAction fp = slotmigFailPoint(FP_target_before_takeover);
+    sds error = fp == FAILPOINT_FAIL ? sdsnew("fail point target_before_takeover") : cannotTake(job);
+    if (error) {
+        if (t->stream) {
+            sds f = slotmigFrameInt(slotmigFrameStart(FRAME_LOST),t->cut_n,8);
+            slotmigLinkSend(t->stream,sdscatsds(f,error));
+        }
+        slotmigFail(job,SLOTMIG_FAILED,error);
+        unblockPostponedClients();
+        return;
+    }
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
+        if (server.cluster->slots[j]) clusterDelSlot(j);
+        clusterAddSlot(myself,j);
+    }
+    if (myself->configEpoch < job->epoch) myself->configEpoch = job->epoch;
+    if (server.cluster->currentEpoch < job->epoch) server.cluster->currentEpoch = job->epoch;
+    clusterSaveConfigOrDie(1);      /* before anybody is served or told */
+    server.dirty += slotmigShadowMerge(t->shadow,&job->slots);
+    t->shadow = NULL;
+    clusterUpdateState();
+    clusterBroadcastPong(0);        /* to every node: one message with all slots */
+    slotmigDatasetChanged();
+    if (slotmigFailPoint(FP_target_after_takeover) != FAILPOINT_FAIL && t->stream) {
+        sds f = slotmigFrameStart(FRAME_TAKEN);
+        f = slotmigFrameInt(f,t->cut_n,8);
+        f = slotmigFrameInt(f,job->epoch,8);
+        slotmigLinkSend(t->stream,f);
+    }
+    slotmigEndJob(job,SLOTMIG_DONE,NULL);
+    unblockPostponedClients();
+}
+
+static void gotCommit(slotMigJob *job, frameReader *r) {
+    uint64_t n = frameGetInt(r,8);
+    if (r->bad) return;
+    if (job->state == SLOTMIG_PREPARED && n == job->tgt->cut_n) takeOver(job);
+    else r->bad = 1;
+}
+
+static void askDone(connection *conn, const char *line, const char *error, void *arg) {
+    slotMigJob *job = arg;
+    unsigned long long n;
+    job->tgt->ask = NULL;
+    job->tgt->next_ask = mstime()+ASK_PERIOD;
+    if (conn) connClose(conn);
+    if (error) slotmigSetReason(job,"prepared; asking the source whether it committed: %s",error);
+    else if (sscanf(line,"+COMMITTED %llu",&n) == 1 && n == job->tgt->cut_n) takeOver(job);
+    else {
+        slotmigFail(job,SLOTMIG_FAILED,sdsnew("the source discarded the hand-off after the link was lost"));
+        unblockPostponedClients();
+    }
+}
+
+static void askSource(slotMigJob *job) {
+    clusterNode *source = slotmigPeer(job);
+    if (job->tgt->stream || job->tgt->ask || mstime() < job->tgt->next_ask) return;
+    if (source == NULL) slotmigSetReason(job,"prepared; the source was forgotten: CLUSTER MEET it again");
+    else job->tgt->ask = slotmigAsk(job,source,askDone);
+}
+
+sds slotmigTargetAnswer(slotMigJob *job) {
+    if (job->state == SLOTMIG_DONE) return sdscatfmt(sdsempty(),"TAKEN %U",job->epoch);
+    if (!slotmigEnded(job)) return sdsnew("PENDING");
+    return sdsnew("DISCARDED");
+}
+
+/* ---- what comes from outside ---- */
+
+static void targetFrame(slotMigJob *job, int type, frameReader *r) {
+    size_t len = r->end - r->p;
+    switch (type) {
+    case FRAME_SNAPSHOT: gotSnapshot(job,r); break;
+    case FRAME_OPS:
+        job->tgt->ops_bytes += len+FRAME_HEADER;
+        gotOps(job,r);
+        break;
+    case FRAME_CUT: gotCut(job,r); break;
+    case FRAME_DISCARD: gotDiscard(job,r); break;
+    case FRAME_COMMIT: gotCommit(job,r); break;
+    case FRAME_ABORT: {
+        int cancelled = frameGetInt(r,1);
+        const char *why = frameGetBytes(r,len ? len-1 : 0);
+        if (r->bad) return;
+        slotmigFail(job,cancelled ? SLOTMIG_CANCELLED : SLOTMIG_FAILED,
+            sdscatlen(sdsnew("at the source: "),why,len-1));
+        unblockPostponedClients();
+        break;
+    }
+    default: r->bad = 1;
+    }
+}
+
+/* Ends the job and tells the source. Only while not bound. */
+static void failTarget(slotMigJob *job, sds error) {
+    slotmigFail(job,SLOTMIG_FAILED,error);
+}
+
+static void targetClosed(slotMigJob *job, const char *why) {
+    slotmigLinkFree(job->tgt->stream);
+    job->tgt->stream = NULL;
+    if (slotmigCancellable(job))
+        slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the link to the source is lost: %s",why));
+    else
+        slotmigSetReason(job,"prepared; the link to the source is lost: %s",why);
+}
+
+/* ---- the step ---- */
+
+static void sendAck(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    if (t->stream == NULL || mstime() - t->last_ack < ACK_PERIOD) return;
+    t->last_ack = mstime();
+    sds f = slotmigFrameStart(FRAME_ACK);
+    f = slotmigFrameInt(f,job->keys_done,8);
+    f = slotmigFrameInt(f,job->bytes_done,8);
+    f = slotmigFrameInt(f,job->stream_applied,8);
+    f = slotmigFrameInt(f,t->all_ready,1);
+    slotmigLinkSend(t->stream,f);
+}
+
+int slotmigTargetBusy(const slotMigJob *job) {
+    return job->tgt->draining.count != 0 || job->tgt->registering != NULL;
+}
+
+void slotmigTargetStep(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    monotime until = slotmigSliceEnd();
+    if (t->stream) slotmigLinkTick(t->stream);
+    if (slotmigEnded(job)) return;
+    if (job->state == SLOTMIG_PREPARED) {
+        askSource(job);
+        return;
+    }
+    sds error = checkTarget(&job->slots,job->peer);
+    if (error == NULL && server.maxmemory) error = checkMemory(0);
+    if (error) {
+        failTarget(job,error);
+        return;
+    }
+    if (takeSections(job,until) == C_ERR) return;
+    if ((error = drainQueues(job,until)) != NULL) {
+        failTarget(job,error);
+        return;
+    }
+    job->stream_bytes = t->ops_bytes;
+    job->stream_applied = t->ops_bytes - t->queued_bytes;
+    /* What cannot be kept waits at the source, which has its own bound. */
+    if (t->stream) slotmigLinkStopReading(t->stream,t->queued_bytes > slotmig_config.buffer_limit);
+    sendAck(job);
+    if (job->state == SLOTMIG_PREPARING) prepare(job);
+}
+
+void slotmigTargetFree(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    slotmigDialCancel(t->dial_stream);
+    slotmigDialCancel(t->dial_snapshot);
+    slotmigDialCancel(t->ask);
+    if (t->stream && sdslen(job->last_error)) {
+        sds f = slotmigFrameInt(slotmigFrameStart(FRAME_FAIL),job->state == SLOTMIG_CANCELLED,1);
+        slotmigLinkSend(t->stream,sdscatsds(f,job->last_error));
+    }
+    slotmigLinkFree(t->stream);
+    if (t->snapshot) connClose(t->snapshot);
+    slotmigLoaderFree(t->loader);
+    slotmigSectionFree(t->registering);
+    slotmigShadowDrop(t->shadow);
+    freeQueues(t);
+    freeClient(t->applier);
+    zfree(t);
+    job->tgt = NULL;
+}
