@@ -71,6 +71,13 @@ patches: ## regenerate deps/redis/patches from the edits made in build/redis
 commands: assemble ## regenerate commands.def from the .json files (needs python3)
 	cd $(tree)/src && python3 ../utils/generate-command-code.py
 
+# Without LTO and jemalloc: it stands by in tests, it is not measured.
+.PHONY: vanilla
+vanilla: assemble ## build upstream without our patches in build/vanilla, for the tests
+	@[ -e '$(BUILD)/vanilla/src/redis-server' ] && [ '$(BUILD)/vanilla/src/redis-server' -nt '$(BUILD)/state/upstream.id' ] || \
+	    { rm -rf '$(BUILD)/vanilla' && cp -a '$(BUILD)/upstream' '$(BUILD)/vanilla' && \
+	      $(MAKE) --no-print-directory -C '$(BUILD)/vanilla/src' PYTHON= MALLOC=libc SANITIZER= OPTIMIZATION=-O1 redis-server >/dev/null; }
+
 .PHONY: check-upstreams
 check-upstreams: ## assemble and compile every upstream version that the lock accepts
 	@deps/redis/check-upstreams '$(BUILD)' '$(MAKE)'
@@ -80,13 +87,13 @@ dist: assemble ## write the source tarball, which builds anywhere with plain mak
 	@deps/redis/dist '$(BUILD)'
 
 .PHONY: test check test-upstream demo
-check: all ## our tests, the quick ones
+check: ## our tests and the nearest of upstream's
 	tests/run --quick
-test: all ## our tests
+test: ## our tests, upstream's main and cluster suites
 	tests/run
-test-upstream: all ## our tests and upstream's
+test-upstream: ## as test, and upstream's module API and sentinel suites
 	tests/run --all
-demo: all ## a cluster of several nodes that moves slots before your eyes
+demo: ## a cluster of several nodes that moves slots before your eyes
 	utils/demo
 
 .PHONY: clean
