@@ -18,6 +18,7 @@ struct client;
 struct _clusterNode;
 struct redisOpArray;
 struct redisDb;
+struct redisObject;
 struct _kvstore;
 struct RedisModuleType;
 
@@ -47,13 +48,16 @@ int slotmigCommand(struct client *c);
 int slotmigFeeds(void);                              /* does a job follow the writes? */
 void slotmigFeed(struct redisOpArray *ops);          /* one execution unit, about to be propagated */
 int slotmigMustWait(struct client *c, int may_replicate); /* is this command behind a fence? */
-int slotmigFenced(void);                             /* is any fence up? */
+int slotmigExpiryWaits(int slot);                    /* of keys in the slot; -1: the active cycle */
+int slotmigFieldExpiryWaits(struct redisObject *hash);
 int slotmigHoldClient(struct client *c, int slot);   /* a client that came to the target a moment early: postponed */
 struct _clusterNode *slotmigSlotOwner(int slot, struct _clusterNode *owner); /* whom to name for a closed slot */
 
 /* ---- the cluster's slot map ---- */
 int slotmigRefuseSlotChange(struct client *c, int slot); /* 1: replied with an error, the slot is in a job */
 int slotmigKeepsLostSlot(int slot);                  /* 1: the job trims it, do not delete its keys */
+int slotmigKeepsMaster(void);                        /* 1: its last slot is gone, but the hand-off is not over */
+void slotmigBeforeEpochRaise(void);                  /* our claim must not win closed slots back */
 void slotmigClusterReset(void);
 
 /* ---- the key space ---- */

@@ -3,13 +3,13 @@
  *   CLUSTER MIGRATE-SLOTS SLOTSRANGE start end [start end ...] NODE target-id
  *           [SLOTSRANGE ... NODE ...]               array of job ids
  *   CLUSTER SLOT-MIGRATIONS [ID job-id]             array of maps, newest first
- *   CLUSTER CANCEL-SLOT-MIGRATIONS ID job-id | ALL  how many
+ *   CLUSTER CANCEL-SLOT-MIGRATIONS ID job-id [FORCE] | ALL      how many
  *
  * and what the nodes say to each other, on internal connections only:
  *
- *   CLUSTER SLOTMIG OFFER protocol job source keys bytes start end ...   OK
+ *   CLUSTER SLOTMIG OFFER protocol job source target keys bytes start end ...   OK
  *   CLUSTER SLOTMIG ATTACH job stream|snapshot      the connection becomes the job's
- *   CLUSTER SLOTMIG ASK job start end ...           a word on a hand-off in doubt
+ *   CLUSTER SLOTMIG ASK job asker asked role start end ...      a word on a hand-off in doubt
  *   CLUSTER SLOTMIG REQUEST SLOTSRANGE ...          MIGRATE-SLOTS, answered in a line
  *   CLUSTER SLOTMIG FAILPOINT name off|fail|pause|crash     for tests, needs
  *                                                   enable-debug-command
@@ -57,11 +57,14 @@ sds *slotmigRangeArgs(sds *argv, int *argc, const slotSet *slots) {
 
 slotMigDial *slotmigAsk(slotMigJob *job, clusterNode *node, slotMigDialDone *done) {
     int argc = 0;
-    sds *argv = zmalloc(sizeof(sds)*4);
+    sds *argv = zmalloc(sizeof(sds)*7);
     argv[argc++] = sdsnew("CLUSTER");
     argv[argc++] = sdsnew("SLOTMIG");
     argv[argc++] = sdsnew("ASK");
     argv[argc++] = sdsnew(job->id);
+    argv[argc++] = sdsnewlen(server.cluster->myself->name,CLUSTER_NAMELEN);
+    argv[argc++] = sdsnew(job->peer);
+    argv[argc++] = sdsnew(job->role == SLOTMIG_SOURCE ? "target" : "source");
     argv = slotmigRangeArgs(argv,&argc,&job->slots);
     slotMigDial *d = slotmigDial(node,argc,argv,done,job);
     zfree(argv);
@@ -111,12 +114,6 @@ typedef struct migrateRequest {
 
 static list *requests;
 
-/* Answer a blocked client. NULL: it is gone. */
-static client *wakeClient(uint64_t id) {
-    client *c = lookupClientByID(id);
-    return c && c->flags & CLIENT_BLOCKED ? c : NULL;
-}
-
 static void wakeClientDone(client *c) {
     updateStatsOnUnblock(c,0,0,0);
     unblockClient(c,1);
@@ -134,7 +131,7 @@ static void replyIds(client *c, migrateRequest *rq) {
 }
 
 static void requestFinished(migrateRequest *rq) {
-    client *c = wakeClient(rq->client);
+    client *c = slotmigBlockedClient(rq->client);
     listDelNode(requests,listSearchKey(requests,rq));
     if (rq->error) {
         for (int i = 0; i < rq->njobs; i++) {
@@ -172,14 +169,10 @@ void slotmigRequestAnswered(slotMigJob *job, const char *error) {
     }
 }
 
-static void blockForAnswer(client *c) {
-    blockClient(c,BLOCKED_LAZYFREE);
-}
-
 /* The client asked the target: the owner of the slots is asked instead. */
 static void forwarded(connection *conn, const char *line, const char *error, void *arg) {
     uint64_t *id = arg;
-    client *c = wakeClient(*id);
+    client *c = slotmigBlockedClient(*id);
     zfree(id);
     if (conn) connClose(conn);
     if (c == NULL) return;
@@ -225,13 +218,14 @@ static void forwardToOwner(client *c, int first_arg, const slotSet *all) {
     *id = c->id;
     slotmigDial(owner,argc,argv,forwarded,id);
     zfree(argv);
-    blockForAnswer(c);
+    slotmigBlockClient(c);
 }
 
 #define BLOCKS_MAX 128      /* targets in one command */
 
 /* From argv[at] on. */
 static void migrateSlots(client *c, int at, int in_a_line) {
+    if (!slotmigMayBlock(c)) return;
     slotSet *slots = zmalloc(sizeof(*slots)*BLOCKS_MAX), all;
     clusterNode *targets[BLOCKS_MAX];
     int blocks = 0, first_arg = at, to_me = 0;
@@ -292,7 +286,7 @@ static void migrateSlots(client *c, int at, int in_a_line) {
     rq->waiting = rq->njobs;
     if (requests == NULL) requests = listCreate();
     listAddNodeTail(requests,rq);
-    blockForAnswer(c);
+    slotmigBlockClient(c);
 }
 
 /* ---- SLOT-MIGRATIONS ---- */
@@ -386,12 +380,25 @@ static void cancelJob(slotMigJob *job) {
     slotmigFail(job,SLOTMIG_CANCELLED,sdsnew("cancelled by command"));
 }
 
+static void cancelIfPossible(slotMigJob *job, void *n) {
+    if (!slotmigCancellable(job)) return;
+    cancelJob(job);
+    (*(long long*)n)++;
+}
+
 static void cancelSlotMigrations(client *c) {
-    if (c->argc == 4 && !strcasecmp(c->argv[2]->ptr,"id")) {
+    int force = c->argc == 5 && !strcasecmp(c->argv[4]->ptr,"force");
+    if ((c->argc == 4 || force) && !strcasecmp(c->argv[2]->ptr,"id")) {
         slotMigJob *job = jobOrReply(c,c->argv[3]);
         if (job == NULL) return;
         if (slotmigEnded(job)) {
             addReplyLongLong(c,0);
+        } else if (force && job->state == SLOTMIG_COMMITTED) {
+            slotmigSourceForce(job);
+            addReplyLongLong(c,1);
+        } else if (force && job->state == SLOTMIG_PREPARED) {
+            slotmigTargetForce(job);
+            addReplyLongLong(c,1);
         } else if (!slotmigCancellable(job)) {
             addReplyErrorFormat(c,"Slot migration %s is %s: it can only be completed now",job->id,slotmig_state_names[job->state]);
         } else {
@@ -404,35 +411,36 @@ static void cancelSlotMigrations(client *c) {
         addReplyErrorObject(c,shared.syntaxerr);
         return;
     }
-    listIter li;
-    listNode *ln;
     long long n = 0;
-    listRewind(slotmig_jobs,&li);
-    while ((ln = listNext(&li)) != NULL) {
-        slotMigJob *job = listNodeValue(ln);
-        if (!slotmigCancellable(job)) continue;
-        cancelJob(job);
-        n++;
-    }
+    slotmigEachJob(cancelIfPossible,&n);
     addReplyLongLong(c,n);
 }
 
 /* ---- SLOTMIG ---- */
 
+/* An address may have got another node. */
+static int isMyself(client *c, robj *name) {
+    if (sdslen(name->ptr) == CLUSTER_NAMELEN && !memcmp(name->ptr,server.cluster->myself->name,CLUSTER_NAMELEN)) return 1;
+    addReplyErrorFormat(c,"this is node %.40s, not the one that was meant: wait until CLUSTER NODES shows its new address",
+        server.cluster->myself->name);
+    return 0;
+}
+
 static void offer(client *c) {
     slotSet slots, all;
     unsigned long long keys, bytes;
-    int at = 8;
-    if (c->argc < 10 || atoi(c->argv[3]->ptr) != SLOTMIG_PROTOCOL) {
+    int at = 9;
+    if (c->argc < 11 || atoi(c->argv[3]->ptr) != SLOTMIG_PROTOCOL) {
         addReplyError(c,"the two nodes run versions that do not understand each other: upgrade the older one");
         return;
     }
     if (sdslen(c->argv[4]->ptr) != SLOTMIG_ID_LEN || sdslen(c->argv[5]->ptr) != CLUSTER_NAMELEN ||
-        !string2ull(c->argv[6]->ptr,&keys) || !string2ull(c->argv[7]->ptr,&bytes))
+        !string2ull(c->argv[7]->ptr,&keys) || !string2ull(c->argv[8]->ptr,&bytes))
     {
         addReplyErrorObject(c,shared.syntaxerr);
         return;
     }
+    if (!isMyself(c,c->argv[6])) return;
     slotSetClear(&all);
     sds error = parseRanges(c,&at,&slots,&all);
     if (error == NULL && at != c->argc) error = sdsnew("syntax error");
@@ -442,17 +450,44 @@ static void offer(client *c) {
     sdsfree(error);
 }
 
-/* A word on a hand-off whose connection broke. A node that does not know the
- * job any more answers by its slot map: a target that took the slots wrote that
- * to nodes.conf before it told anybody, and one that lost its shadow in a
- * restart never can take them. */
+/* The answer of a node that does not know the job any more, or never did, by
+ * its slot map. It never says TAKEN, since what it took may have died with it:
+ *
+ *   the asker's by our map      DISCARDED   we have no copy and will never take them
+ *   ours, no keys in them       DISCARDED   a target that took them and lost its data:
+ *                                           we give them up first, the asker has the keys
+ *   ours, with keys             OWNER       the asker must not act by itself (a target that
+ *                                           asks a source drops its copy: we serve them)
+ *   somebody else's             MOVED-ON */
+static sds answerBySlotMap(const slotSet *slots, robj *asker, slotMigRole asked_as) {
+    clusterNode *myself = server.cluster->myself, *from = clusterLookupNode(asker->ptr,sdslen(asker->ptr));
+    int mine = 0, theirs = 0, keys = 0;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        if (server.cluster->slots[j] == myself) mine++;
+        else if (server.cluster->slots[j] == NULL || server.cluster->slots[j] == from) theirs++;
+        keys += kvstoreDictSize(server.db[0].keys,j) != 0;
+    }
+    if (asked_as == SLOTMIG_SOURCE) return sdsnew(mine == slots->count ? "DISCARDED" : "MOVED-ON");
+    if (mine+theirs < slots->count) return sdsnew("MOVED-ON");
+    if (mine == 0) return sdsnew("DISCARDED");
+    if (keys) return sdsnew("OWNER");
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
+        if (server.cluster->slots[j] == myself) clusterDelSlot(j);
+    clusterUpdateState();
+    clusterSaveConfigOrDie(1);
+    return sdsnew("DISCARDED");
+}
+
+/* A word on a hand-off whose connection broke: CLUSTER SLOTMIG ASK job asker
+ * asked role start end ..., role being what the asker takes us for. */
 static void ask(client *c) {
     slotSet slots, all;
-    int at = 4;
-    if (c->argc < 6 || sdslen(c->argv[3]->ptr) != SLOTMIG_ID_LEN) {
+    int at = 7;
+    if (c->argc < 9 || sdslen(c->argv[3]->ptr) != SLOTMIG_ID_LEN) {
         addReplyErrorObject(c,shared.syntaxerr);
         return;
     }
+    if (!isMyself(c,c->argv[5])) return;
     slotSetClear(&all);
     sds error = parseRanges(c,&at,&slots,&all), answer;
     if (error) {
@@ -460,16 +495,11 @@ static void ask(client *c) {
         sdsfree(error);
         return;
     }
+    slotMigRole role = strcasecmp(c->argv[6]->ptr,"source") ? SLOTMIG_TARGET : SLOTMIG_SOURCE;
     slotMigJob *job = slotmigFindJob(c->argv[3]->ptr);
-    if (job) {
-        answer = job->role == SLOTMIG_SOURCE ? slotmigSourceAnswer(job) : slotmigTargetAnswer(job);
-    } else {
-        int mine = 1;
-        for (int j = slotSetNext(&slots,0); j != -1 && mine; j = slotSetNext(&slots,j+1))
-            mine = server.cluster->slots[j] == server.cluster->myself;
-        answer = mine ? sdscatfmt(sdsempty(),"TAKEN %U",(unsigned long long)server.cluster->myself->configEpoch)
-                      : sdsnew("DISCARDED");
-    }
+    if (job == NULL) answer = answerBySlotMap(&slots,c->argv[4],role);
+    else if (job->role == SLOTMIG_SOURCE) answer = slotmigSourceAnswer(job);
+    else answer = slotmigTargetAnswer(job);
     addReplyStatus(c,answer);
     sdsfree(answer);
 }

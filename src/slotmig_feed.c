@@ -13,7 +13,7 @@
  * Keys-less commands are not slot data (PUBLISH, FUNCTION, SCRIPT); FLUSHALL and
  * its like come to the job by slotmigFlushed(). A command whose keys are in
  * several slots (a module's, or a script's with allow-cross-slot-keys) cannot be
- * split: it fails the jobs it touches.
+ * split: it fails the jobs it touches. So does one that we do not know.
  *
  * Main thread only.
  *
@@ -57,7 +57,8 @@ static void feedOpInit(feedOp *op, redisOp *rop) {
         for (int i = 0; i < op->argc; i++) op->argv[i] = getDecodedObject(rop->argv[i]);
     }
     op->cmd = lookupCommandOrOriginal(op->argv,op->argc);
-    if (op->cmd == NULL || op->cmd->flags & CMD_PUBSUB ||
+    if (op->cmd == NULL) op->slot = SLOT_SEVERAL;
+    if (op->cmd == NULL || (op->cmd->flags & (CMD_PUBSUB|CMD_WRITE)) == CMD_PUBSUB ||
         !(op->cmd->flags & (CMD_WRITE|CMD_MAY_REPLICATE))) return;
     int n = getKeysFromCommand(op->cmd,op->argv,op->argc,&op->keys);
     for (int i = 0; i < n; i++) {
@@ -65,6 +66,11 @@ static void feedOpInit(feedOp *op, redisOp *rop) {
         int slot = keyHashSlot(key,sdslen(key));
         if (op->slot == SLOT_NONE) op->slot = slot;
         else if (op->slot != slot) op->slot = SLOT_SEVERAL;
+    }
+    /* What a module writes without naming keys may be anywhere. */
+    if (n <= 0 && op->cmd->flags & CMD_MODULE && op->cmd->flags & CMD_WRITE) {
+        op->cmd = NULL;
+        op->slot = SLOT_SEVERAL;
     }
 }
 
@@ -77,6 +83,7 @@ static void feedOpFree(feedOp *op) {
 
 /* Is any key of the command in one of the job's slots? */
 static int feedOpTouches(feedOp *op, slotMigJob *job) {
+    if (op->cmd == NULL) return 1;
     if (op->slot != SLOT_SEVERAL) return op->slot >= 0 && slotSetHas(&job->slots,op->slot);
     for (int i = 0; i < op->keys.numkeys; i++) {
         sds key = op->argv[op->keys.keys[i].pos]->ptr;
@@ -100,19 +107,26 @@ static sds frameCommand(sds f, feedOp *op) {
 }
 
 #define OPS_COUNT_AT 13     /* of the number of commands: behind length, type, offset */
+#define FRAME_ROOM (16*1024*1024)   /* a unit's frame is sent when it has this much */
 
-/* The commands of a unit on this job's slots, as one frame. */
+static void sendOps(slotMigJob *job, sds f, uint32_t count) {
+    for (int i = 0; i < 4; i++) f[OPS_COUNT_AT+i] = count >> (8*i);
+    size_t bytes = sdslen(f);
+    slotmigLinkSend(slotmigSourceStream(job),f);
+    slotmigSourceWrote(job,bytes);
+}
+
+/* The commands of a unit on this job's slots, as one frame; as several with the
+ * same offset when they are large. */
 static void feedJob(slotMigJob *job, feedOp *ops, int n) {
     sds f = NULL;
     uint32_t count = 0;
     for (int i = 0; i < n; i++) {
         if (!feedOpTouches(ops+i,job)) continue;
         if (ops[i].slot == SLOT_SEVERAL) {
-            if (f) sdsfree(f);
-            slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),
-                "the command '%s' wrote keys of several slots at once: keep it from the "
-                "slots %s while they move",ops[i].cmd->fullname,job->ranges));
-            return;
+            slotmigSourceDoom(job,sdscatprintf(sdsempty(),"the command '%.64s' wrote keys of several slots at once: "
+                "keep it from the slots %s while they move",(char*)ops[i].argv[0]->ptr,job->ranges));
+            break;
         }
         if (f == NULL) {
             f = slotmigFrameInt(slotmigFrameStart(FRAME_OPS),server.master_repl_offset,8);
@@ -120,12 +134,18 @@ static void feedJob(slotMigJob *job, feedOp *ops, int n) {
         }
         f = frameCommand(f,ops+i);
         count++;
+        if (sdslen(f) > FRAME_MAX) {
+            slotmigSourceDoom(job,sdscatprintf(sdsempty(),"a single command of %zu bytes, more than the stream takes",sdslen(f)));
+            break;
+        }
+        if (sdslen(f) > FRAME_ROOM) {
+            sendOps(job,f,count);
+            f = NULL;
+            count = 0;
+        }
     }
-    if (f == NULL) return;
-    for (int i = 0; i < 4; i++) f[OPS_COUNT_AT+i] = count >> (8*i);
-    size_t bytes = sdslen(f);
-    slotmigLinkSend(slotmigSourceStream(job),f);
-    slotmigSourceWrote(job,bytes);
+    if (f && sdslen(f) <= FRAME_MAX && count) sendOps(job,f,count);
+    else sdsfree(f);
 }
 
 /* Called at the end of an execution unit. A module's key extractor runs module

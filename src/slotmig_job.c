@@ -11,8 +11,8 @@
  *   STREAMING  snapshot is there        <---- FOLLOWING
  *   FENCED     writes to the slots wait ----> PREPARING   up to the cut
  *              counts are compared      <---- PREPARED    bound
- *   COMMITTED  the slots are closed     ----> takes over: epoch, slot map, merge
- *   TRIMMING   our copy goes            <---- DONE
+ *   COMMITTED  the slots are closed     ----> TAKEN       epoch, slot map, merge: serves
+ *   TRIMMING   our copy goes            <---- DONE        when nodes.conf is on the disk
  *   DONE
  *
  * Until COMMITTED the source alone may end a job: it lifts the fence and goes on
@@ -46,7 +46,7 @@ static struct { unsigned long long done, failed, cancelled, keys_in, keys_out, l
 
 const char *slotmig_state_names[SLOTMIG_NUM_STATES] = {
     "offered","waiting","snapshot","streaming","fenced","committed","trimming",
-    "connecting","loading","following","preparing","prepared",
+    "connecting","loading","following","preparing","prepared","taken",
     "done","failed","cancelled"
 };
 
@@ -234,8 +234,8 @@ void slotmigJobStep(slotMigJob *job) {
     else slotmigTargetStep(job);
 }
 
-/* Jobs may end while they step, so walk over a copy. */
-static void stepAll(void) {
+/* Calls fn for every job that is not ended. It may end any of them. */
+void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg) {
     int n = listLength(slotmig_jobs), i = 0;
     if (n == 0) return;
     slotMigJob **jobs = zmalloc(sizeof(*jobs)*n);
@@ -243,9 +243,18 @@ static void stepAll(void) {
     listNode *ln;
     listRewind(slotmig_jobs,&li);
     while ((ln = listNext(&li)) != NULL) jobs[i++] = listNodeValue(ln);
-    for (i = 0; i < n; i++) slotmigJobStep(jobs[i]);
+    for (i = 0; i < n; i++)
+        if (!slotmigEnded(jobs[i])) fn(jobs[i],arg);    /* trimLog() alone frees them */
     zfree(jobs);
-    trimLog();
+}
+
+int slotmigMustNotExecute(void) {
+    return isInsideYieldingLongCommand() || server.loading;
+}
+
+static void stepJob(slotMigJob *job, void *arg) {
+    UNUSED(arg);
+    slotmigJobStep(job);
 }
 
 /* Is there work that only waits for its next slice? */
@@ -264,8 +273,9 @@ static int busy(void) {
 
 static int timerFired(struct aeEventLoop *el, long long id, void *data) {
     UNUSED(el); UNUSED(id); UNUSED(data);
-    if (isInsideYieldingLongCommand() || server.loading) return TICK_MS;
-    stepAll();
+    if (slotmigMustNotExecute()) return TICK_MS;
+    slotmigEachJob(stepJob,NULL);
+    trimLog();
     if (draining && slotmigShadowDrainStep(getMonotonicUs()+SLICE_US)) draining = 0;
     if (listLength(slotmig_jobs) == 0 && !draining) {
         timer_id = AE_DELETED_EVENT_ID;
@@ -297,15 +307,8 @@ void slotmigBeforeSleep(void) {
     }
 }
 
-/* End all jobs that can still be ended by this node alone. */
-static void endAll(const char *why) {
-    listIter li;
-    listNode *ln;
-    listRewind(slotmig_jobs,&li);
-    while ((ln = listNext(&li)) != NULL) {
-        slotMigJob *job = listNodeValue(ln);
-        if (slotmigCancellable(job)) slotmigFail(job,SLOTMIG_FAILED,sdsnew(why));
-    }
+static void endIfPossible(slotMigJob *job, void *why) {
+    if (slotmigCancellable(job)) slotmigFail(job,SLOTMIG_FAILED,sdsnew(why));
 }
 
 /* A job that is past the point where this node may end it alone. */
@@ -314,24 +317,20 @@ int slotmigCancellable(const slotMigJob *job) {
     return job->state < SLOTMIG_PREPARED;
 }
 
-void slotmigClusterReset(void) {
-    endAll("CLUSTER RESET of this node");
-    /* What remains waits for a word of a cluster that this node has left. */
-    while (listLength(slotmig_jobs))
-        slotmigFail(listNodeValue(listFirst(slotmig_jobs)),SLOTMIG_FAILED,sdsnew("CLUSTER RESET of this node"));
+static void endAnyway(slotMigJob *job, void *why) {
+    slotmigFail(job,SLOTMIG_FAILED,sdsnew(why));
 }
 
+/* Also what waits for a word of the cluster that this node leaves. */
+void slotmigClusterReset(void) {
+    slotmigEachJob(endAnyway,"CLUSTER RESET of this node");
+    unblockPostponedClients();
+}
+
+/* The process exits for certain. What is past the commit stays as it is: the
+ * other node asks. */
 void slotmigShutdown(void) {
-    if (slotmig_jobs == NULL) return;
-    endAll("the node shuts down");
-    listIter li;
-    listNode *ln;
-    listRewind(slotmig_jobs,&li);
-    while ((ln = listNext(&li)) != NULL) {
-        slotMigJob *job = listNodeValue(ln);
-        if (job->src) slotmigSourceFree(job);
-        if (job->tgt) slotmigTargetFree(job);
-    }
+    if (slotmig_jobs) slotmigEachJob(endIfPossible,"the node shuts down");
 }
 
 /* ---- hooks that ask about slots ---- */
@@ -350,17 +349,15 @@ int slotmigKeepsLostSlot(int slot) {
         (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_TRIMMING);
 }
 
+static void flushedJob(slotMigJob *job, void *arg) {
+    UNUSED(arg);
+    if (job->role == SLOTMIG_SOURCE) slotmigSourceFlushed(job);
+}
+
 void slotmigFlushed(redisDb *dbarray, int dbnum) {
     if (dbarray != server.db || dbnum > 0) return;
     slotmigShadowFlushed();
-    if (!slotmigActive()) return;
-    listIter li;
-    listNode *ln;
-    listRewind(slotmig_jobs,&li);
-    while ((ln = listNext(&li)) != NULL) {
-        slotMigJob *job = listNodeValue(ln);
-        if (job->role == SLOTMIG_SOURCE) slotmigSourceFlushed(job);
-    }
+    if (slotmigActive()) slotmigEachJob(flushedJob,NULL);
 }
 
 /* ---- seen from outside ---- */

@@ -53,6 +53,7 @@ typedef enum {
     SLOTMIG_FOLLOWING,      /* all sections are here, writes are applied */
     SLOTMIG_PREPARING,      /* got the cut, applying up to it */
     SLOTMIG_PREPARED,       /* bound: may neither forget nor take over by itself */
+    SLOTMIG_TAKEN,          /* the slots are ours and served; the disk is to know before the source */
     /* both */
     SLOTMIG_DONE,
     SLOTMIG_FAILED,
@@ -108,6 +109,8 @@ void slotmigFail(slotMigJob *job, slotMigState state, sds error);
 void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason);
 void slotmigJobStep(slotMigJob *job);
 void slotmigWantTimer(void);
+void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg);
+int slotmigMustNotExecute(void);                    /* inside of a command that yields, or loading */
 monotime slotmigSliceEnd(void);                     /* of work in one turn of the event loop */
 int slotmigCancellable(const slotMigJob *job);      /* may this node end it alone? */
 clusterNode *slotmigPeer(const slotMigJob *job);    /* NULL: forgotten */
@@ -134,6 +137,7 @@ typedef enum {
 } slotMigFrame;
 
 #define FRAME_HEADER 5      /* length and type */
+#define FRAME_MAX (1024LL*1024*1024)
 
 /* Reader of a frame's payload: every get checks the length and sets `bad`. */
 typedef struct frameReader { const unsigned char *p, *end; int bad; } frameReader;
@@ -147,7 +151,8 @@ struct slotMigLink {
     list *out;                          /* sds, to be written */
     size_t out_bytes, out_sent;         /* waiting in `out`; of its first element already written */
     mstime_t last_read, last_write;
-    int reading_stopped;
+    int stopped_full, stopped_busy;     /* we do not read: no room; inside a command that yields */
+    int broken;                         /* a write failed, the next tick closes it */
     void (*onFrame)(slotMigJob *job, int type, frameReader *r);
     void (*onClose)(slotMigJob *job, const char *why);
 };
@@ -170,7 +175,10 @@ typedef struct slotMigDial slotMigDial;
 typedef void slotMigDialDone(connection *conn, const char *line, const char *error, void *arg);
 slotMigDial *slotmigDial(clusterNode *node, int argc, sds *argv, slotMigDialDone *done, void *arg);
 void slotmigDialCancel(slotMigDial *d);             /* `done` is not called */
-connection *slotmigStealConnection(client *c);      /* from a client blocked by its command */
+connection *slotmigStealConnection(client *c);
+int slotmigMayBlock(client *c);
+void slotmigBlockClient(client *c);
+client *slotmigBlockedClient(uint64_t id);
 
 /* ---- the source (slotmig_source.c, slotmig_feed.c) ---- */
 
@@ -184,7 +192,10 @@ void slotmigSourceFree(slotMigJob *job);
 slotMigLink *slotmigSourceStream(slotMigJob *job);
 int slotmigSourceFollows(const slotMigJob *job);    /* do its slots' writes go into the stream? */
 void slotmigSourceWrote(slotMigJob *job, size_t bytes);
+void slotmigSourceDoom(slotMigJob *job, sds error); /* fails it at its next step */
 void slotmigDatasetChanged(void);
+void slotmigSourceForce(slotMigJob *job);           /* take back after the commit */
+sds slotmigRefuseRole(slotMigRole role);
 
 /* ---- the target (slotmig_target.c) ---- */
 
@@ -193,6 +204,7 @@ sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
 void slotmigTargetStep(slotMigJob *job);
 int slotmigTargetBusy(const slotMigJob *job);       /* is there work for the next slice? */
 sds slotmigTargetAnswer(slotMigJob *job);           /* to ASK */
+void slotmigTargetForce(slotMigJob *job);           /* discard although bound */
 void slotmigTargetFree(slotMigJob *job);
 slotMigLink *slotmigTargetStream(slotMigJob *job);
 
@@ -218,6 +230,7 @@ unsigned long long slotmigShadowMerge(slotMigShadow *s, const slotSet *slots);
 void slotmigShadowDrop(slotMigShadow *s);
 int slotmigShadowDrainStep(monotime until);
 void slotmigShadowFlushed(void);
+int slotmigAnyShadowDraining(void);
 int slotmigUnlinkFieldExpiry(int slot, unsigned long long *cursor, monotime until);
 slotMigLimbo *slotmigLimboCreate(void);
 unsigned long long slotmigLimboTake(slotMigLimbo *limbo, int slot);

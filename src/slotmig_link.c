@@ -25,12 +25,11 @@
 
 void keepClientInMainThread(client *c);     /* iothread.c */
 
-#define FRAME_MAX (1024LL*1024*1024)    /* two values of proto-max-bulk-len's default */
 #define READ_CHUNK (64*1024)
 #define READ_TURN (64*1024)             /* taken from a link in one turn of the event loop: applying it stays under about a millisecond */
 #define READ_LARGE (1024*1024)          /* at once, when a single frame is larger than a chunk */
 #define ALIVE_PERIOD 1000               /* ms without a word after which we send ALIVE */
-#define ANSWER_MAX 1024                   /* of an answer to a dial */
+#define ANSWER_MAX (64*1024)            /* of an answer to a dial */
 
 /* ---- frames ---- */
 
@@ -80,13 +79,17 @@ static void linkWriteHandler(connection *conn) {
     slotmigLinkFlush(l);
 }
 
-/* Write what waits. Errors are left to the reader, which sees them too. */
+/* Write what waits. An error is noted, and the link closed by the next tick:
+ * the caller may be anywhere. */
 void slotmigLinkFlush(slotMigLink *l) {
     listNode *ln;
-    while ((ln = listFirst(l->out)) != NULL) {
+    while (!l->broken && (ln = listFirst(l->out)) != NULL) {
         sds chunk = listNodeValue(ln);
         ssize_t n = connWrite(l->conn,chunk+l->out_sent,sdslen(chunk)-l->out_sent);
-        if (n <= 0) break;
+        if (n <= 0) {
+            if (connGetState(l->conn) != CONN_STATE_CONNECTED) l->broken = 1;
+            break;
+        }
         l->last_write = server.mstime;
         l->out_sent += n;
         l->out_bytes -= n;
@@ -95,7 +98,7 @@ void slotmigLinkFlush(slotMigLink *l) {
             listDelNode(l->out,ln);
         }
     }
-    connSetWriteHandler(l->conn,listLength(l->out) ? linkWriteHandler : NULL);
+    connSetWriteHandler(l->conn,listLength(l->out) && !l->broken ? linkWriteHandler : NULL);
 }
 
 /* Append to the output; it leaves the node when the turn of the event loop ends
@@ -121,6 +124,12 @@ void slotmigLinkSendLine(slotMigLink *l, sds line) {
     linkAppend(l,line);
 }
 
+static void linkReadHandler(connection *conn);
+
+static void updateReading(slotMigLink *l) {
+    connSetReadHandler(l->conn,l->stopped_full || l->stopped_busy ? NULL : linkReadHandler);
+}
+
 static void linkReadHandler(connection *conn) {
     slotMigLink *l = connGetPrivateData(conn);
     slotMigJob *job = l->job;
@@ -129,11 +138,12 @@ static void linkReadHandler(connection *conn) {
 
     /* A script that yields runs the event loop from inside a command: nothing
      * may be executed then. The data stay in the socket; the tick resumes. */
-    if (isInsideYieldingLongCommand() || server.loading) {
-        slotmigLinkStopReading(l,1);
+    if (slotmigMustNotExecute()) {
+        l->stopped_busy = 1;
+        updateReading(l);
         return;
     }
-    while (turn < READ_TURN && !l->reading_stopped) {
+    while (turn < READ_TURN && !l->stopped_full) {
         size_t had = sdslen(l->in), want = READ_CHUNK;
         if (had >= 4) {     /* a large frame: read it in one piece */
             frameReader r = { (unsigned char*)l->in, (unsigned char*)l->in+4, 0 };
@@ -175,6 +185,7 @@ static void linkReadHandler(connection *conn) {
             }
         }
         sdsrange(l->in,at,-1);
+        if (sdsavail(l->in) > READ_LARGE) l->in = sdsRemoveFreeSpace(l->in,0);
     }
     if (closed) linkClose(l,"the connection was closed");
 }
@@ -214,18 +225,25 @@ void slotmigLinkFree(slotMigLink *l) {
 
 /* Take no more from the peer: TCP then slows it down. */
 void slotmigLinkStopReading(slotMigLink *l, int stop) {
-    if (l->reading_stopped == stop) return;
-    l->reading_stopped = stop;
-    connSetReadHandler(l->conn,stop ? NULL : linkReadHandler);
-    if (!stop) l->last_read = server.mstime;
+    if (l->stopped_full == stop) return;
+    l->stopped_full = stop;
+    l->last_read = server.mstime;
+    updateReading(l);
 }
 
-/* From the cron: keep the link alive, or give it up. */
+/* From the timer, never inside a command: keep the link alive, or give it up. */
 void slotmigLinkTick(slotMigLink *l) {
+    if (l->stopped_busy) {
+        l->stopped_busy = 0;
+        l->last_read = server.mstime;
+        updateReading(l);
+    }
     if (server.mstime - l->last_write > ALIVE_PERIOD && listLength(l->out) == 0)
         slotmigLinkSend(l,slotmigFrameStart(FRAME_ALIVE));
     slotmigLinkFlush(l);
-    if (!l->reading_stopped && server.mstime - l->last_read > server.repl_timeout*1000LL)
+    if (l->broken)
+        linkClose(l,"the connection was closed");
+    else if (!l->stopped_full && server.mstime - l->last_read > server.repl_timeout*1000LL)
         linkClose(l,"the peer was silent for repl-timeout");
 }
 
@@ -238,6 +256,8 @@ struct slotMigDial {
     sds line;               /* of the answer, so far */
     int answers;            /* lines still expected */
     long long timer;
+    int ended;
+    sds error;              /* once ended: NULL is success */
     slotMigDialDone *done;
     void *arg;
 };
@@ -250,6 +270,7 @@ static void dialFree(slotMigDial *d) {
     if (d->timer != AE_DELETED_EVENT_ID) aeDeleteTimeEvent(server.el,d->timer);
     sdsfree(d->out);
     sdsfree(d->line);
+    sdsfree(d->error);
     zfree(d);
 }
 
@@ -257,26 +278,45 @@ void slotmigDialCancel(slotMigDial *d) {
     if (d) dialFree(d);
 }
 
-static void dialEnd(slotMigDial *d, const char *error) {
+static int dialTell(struct aeEventLoop *el, long long id, void *data) {
+    UNUSED(el); UNUSED(id);
+    slotMigDial *d = data;
     connection *conn = d->conn;
     slotMigDialDone *done = d->done;
     void *arg = d->arg;
-    if (error) {
-        sds why = sdsnew(error);
-        dialFree(d);
-        done(NULL,NULL,why,arg);
-        sdsfree(why);
-    } else {
-        sds line = d->line;
-        d->line = NULL;
-        d->conn = NULL;
-        connSetReadHandler(conn,NULL);
-        connSetWriteHandler(conn,NULL);
-        connSetPrivateData(conn,NULL);
-        dialFree(d);
-        done(conn,line,NULL,arg);
-        sdsfree(line);
+    sds line = d->line, error = d->error;
+    if (slotmigMustNotExecute()) return 1;
+    d->timer = AE_DELETED_EVENT_ID;
+    d->line = d->error = NULL;
+    if (error == NULL) d->conn = NULL;
+    dialFree(d);
+    if (error) done(NULL,NULL,error,arg);
+    else done(conn,line,NULL,arg);
+    sdsfree(line);
+    sdsfree(error);
+    return AE_NOMORE;
+}
+
+/* The owner hears of it from a timer: outside of the connection's handlers, and
+ * of any command. error NULL: the answer is complete. */
+static void dialEnd(slotMigDial *d, const char *error) {
+    if (d->ended) return;
+    d->ended = 1;
+    d->error = error ? sdsnew(error) : NULL;
+    if (d->conn) {
+        connSetReadHandler(d->conn,NULL);
+        connSetWriteHandler(d->conn,NULL);
+        connSetPrivateData(d->conn,NULL);
     }
+    if (d->timer != AE_DELETED_EVENT_ID) aeDeleteTimeEvent(server.el,d->timer);
+    d->timer = aeCreateTimeEvent(server.el,0,dialTell,d,NULL);
+}
+
+/* TLS has no text for an error of the socket below it. */
+static void dialFailed(slotMigDial *d, const char *what) {
+    const char *why = connGetLastError(d->conn);
+    if (why == NULL && d->conn->last_errno) why = strerror(d->conn->last_errno);
+    dialEnd(d,why ? why : what);
 }
 
 static int dialTimeout(struct aeEventLoop *el, long long id, void *data) {
@@ -315,7 +355,7 @@ static void dialReadHandler(connection *conn) {
         sdsclear(d->line);
     }
     if (n == 0) dialEnd(d,"the connection was closed");
-    else if (connGetState(conn) != CONN_STATE_CONNECTED) dialEnd(d,connGetLastError(conn));
+    else if (connGetState(conn) != CONN_STATE_CONNECTED) dialFailed(d,"the connection was closed");
 }
 
 static void dialWriteHandler(connection *conn) {
@@ -323,7 +363,7 @@ static void dialWriteHandler(connection *conn) {
     ssize_t n = connWrite(conn,d->out+d->sent,sdslen(d->out)-d->sent);
     if (n > 0) d->sent += n;
     else if (connGetState(conn) != CONN_STATE_CONNECTED) {
-        dialEnd(d,connGetLastError(conn));
+        dialFailed(d,"the connection was closed");
         return;
     }
     if (d->sent == sdslen(d->out)) connSetWriteHandler(conn,NULL);
@@ -332,7 +372,7 @@ static void dialWriteHandler(connection *conn) {
 static void dialConnected(connection *conn) {
     slotMigDial *d = connGetPrivateData(conn);
     if (connGetState(conn) != CONN_STATE_CONNECTED) {
-        dialEnd(d,connGetLastError(conn));
+        dialFailed(d,"cannot connect");
         return;
     }
     connSetReadHandler(conn,dialReadHandler);
@@ -345,19 +385,12 @@ static sds catArg(sds s, const char *p, size_t len) {
     return sdscatlen(s,"\r\n",2);
 }
 
-static int dialFailedAtOnce(struct aeEventLoop *el, long long id, void *data) {
-    UNUSED(el); UNUSED(id);
-    slotMigDial *d = data;
-    d->timer = AE_DELETED_EVENT_ID;
-    dialEnd(d,"cannot connect");
-    return AE_NOMORE;
-}
-
 /* Opens a connection to `node` and sends the command. Takes the sds of argv.
  * `done` is called later, never from here. */
 slotMigDial *slotmigDial(clusterNode *node, int argc, sds *argv, slotMigDialDone *done, void *arg) {
     slotMigDial *d = zcalloc(sizeof(*d));
     size_t len;
+    d->timer = AE_DELETED_EVENT_ID;
     const char *secret = clusterGetSecret(&len);
 
     d->done = done;
@@ -377,7 +410,7 @@ slotMigDial *slotmigDial(clusterNode *node, int argc, sds *argv, slotMigDialDone
     d->conn = connCreate(server.el,server.tls_replication ? connectionTypeTls() : connectionTypeTcp());
     connSetPrivateData(d->conn,d);
     if (connConnect(d->conn,node->ip,port,server.bind_source_addr,dialConnected) == C_ERR)
-        d->timer = aeCreateTimeEvent(server.el,1,dialFailedAtOnce,d,NULL);
+        dialFailed(d,"cannot connect");
     else
         d->timer = aeCreateTimeEvent(server.el,server.repl_timeout*1000LL,dialTimeout,d,NULL);
     return d;
@@ -390,6 +423,25 @@ slotMigDial *slotmigDial(clusterNode *node, int argc, sds *argv, slotMigDialDone
  * KILL) applies to it, and frees the rest of the client. Being blocked, the
  * client is not with an I/O thread. Must not be called from inside the client's
  * own command. */
+/* May this client be made to wait? 0, with an error: no. */
+int slotmigMayBlock(client *c) {
+    if (c->conn && !(c->flags & (CLIENT_DENY_BLOCKING|CLIENT_MODULE|CLIENT_MASTER))) return 1;
+    addReplyError(c,"this command waits for another node: it cannot run inside of a transaction, a script or a module");
+    return 0;
+}
+
+/* Make the client wait for us; last act of its command. */
+void slotmigBlockClient(client *c) {
+    c->bstate.timeout = 0;
+    blockClient(c,BLOCKED_LAZYFREE);
+}
+
+/* NULL: the client is gone or does not wait any more. */
+client *slotmigBlockedClient(uint64_t id) {
+    client *c = lookupClientByID(id);
+    return c && c->conn && c->flags & CLIENT_BLOCKED && c->bstate.btype == BLOCKED_LAZYFREE ? c : NULL;
+}
+
 connection *slotmigStealConnection(client *c) {
     connection *conn = c->conn;
     uint64_t id = htonu64(c->id);
@@ -402,6 +454,10 @@ connection *slotmigStealConnection(client *c) {
     listDelNode(server.clients,c->client_list_node);
     c->client_list_node = NULL;
     server.io_threads_clients_num[c->tid]--;
+    /* What freeClient() leaves out for a client without a connection. */
+    server.stat_clients_type_memory[c->last_memory_type] -= c->last_memory_usage;
+    c->last_memory_usage = 0;
+    moduleFireServerEvent(REDISMODULE_EVENT_CLIENT_CHANGE,REDISMODULE_SUBEVENT_CLIENT_CHANGE_DISCONNECTED,c);
     connSetReadHandler(conn,NULL);
     connSetWriteHandler(conn,NULL);
     connSetPrivateData(conn,NULL);

@@ -35,6 +35,7 @@
 #include "slotmig_job.h"
 #include "slot_rdb.h"
 #include "crc64.h"
+#include "bio.h"
 #include "eventnotifier.h"
 #include <poll.h>
 #include <pthread.h>
@@ -51,6 +52,7 @@
 struct slotMigLoader {
     rio rdb;                            /* first: loaderRead() gets its address */
     connection *conn;
+    int tls;
     slotSet slots;                      /* expected */
     unsigned char buf[LOADER_BUFFER];
     size_t pos, len;                    /* of what was read into `buf`: taken, there */
@@ -124,17 +126,19 @@ static size_t loaderReceive(slotMigLoader *l, void *buf, size_t len) {
             loaderFail(l,"stopped");
             return 0;
         }
-        int n = connRead(l->conn,buf,len);
+        /* With TLS an ordinary read would look for the event loop, which the
+         * connection does not have any more; a synchronous one waits itself. */
+        int n = l->tls ? connSyncRead(l->conn,buf,len,LOADER_POLL) : connRead(l->conn,buf,len);
         if (n > 0) {
             atomicIncr(l->bytes,n);
             return n;
         }
-        if (n == 0 || connGetState(l->conn) != CONN_STATE_CONNECTED) {
+        if ((n == 0 && !l->tls) || connGetState(l->conn) != CONN_STATE_CONNECTED) {
             loaderFail(l,"the snapshot's connection ended at offset %llu",(unsigned long long)l->offset);
             return 0;
         }
         struct pollfd pfd = { l->conn->fd, POLLIN, 0 };
-        if (poll(&pfd,1,LOADER_POLL) == 0 && (idle += LOADER_POLL) > l->idle_limit) {
+        if ((l->tls || poll(&pfd,1,LOADER_POLL) == 0) && (idle += LOADER_POLL) > l->idle_limit) {
             loaderFail(l,"no byte of the snapshot arrived for repl-timeout, at offset %llu",
                 (unsigned long long)l->offset);
             return 0;
@@ -439,10 +443,10 @@ static void loaderWoken(struct aeEventLoop *el, int fd, void *data, int mask) {
     UNUSED(el); UNUSED(fd); UNUSED(mask);
     slotMigLoader *l = data;
     handleEventNotifier(l->notifier);
-    l->wake(l->arg);    /* may free the loader */
+    if (!slotmigMustNotExecute()) l->wake(l->arg);  /* may free the loader; else the timer comes */
 }
 
-/* Takes the connection, which must be without handlers. `wake(arg)` is called
+/* Takes the connection; must not be called from inside one of its handlers. `wake(arg)` is called
  * on the main thread when there is something new. NULL: no thread or no
  * descriptor could be had; the connection is then still the caller's. */
 slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, void (*wake)(void*), void *arg) {
@@ -450,6 +454,7 @@ slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, void (
     l->rdb.read = loaderRead;
     l->rdb.tell = loaderTell;
     l->conn = conn;
+    l->tls = conn->type != connectionTypeTcp();
     l->slots = *slots;
     slotSetClear(&l->seen);
     slotRdbIndexInit(&l->index);
@@ -465,12 +470,14 @@ slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, void (
     if (l->notifier == NULL) goto err;
     if (aeCreateFileEvent(server.el,getReadEventFd(l->notifier),AE_READABLE,loaderWoken,l) == AE_ERR) goto err;
 
+    connUnbindEventLoop(conn);      /* from here on it is the thread's */
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK,&all,&before);
     int res = pthread_create(&l->thread,NULL,loaderMain,l);
     pthread_sigmask(SIG_SETMASK,&before,NULL);
     if (res == 0) return l;
+    connRebindEventLoop(conn,server.el);
     aeDeleteFileEvent(server.el,getReadEventFd(l->notifier),AE_READABLE);
 err:
     if (l->notifier) freeEventNotifier(l->notifier);
@@ -500,12 +507,10 @@ int slotmigLoaderState(slotMigLoader *l, const char **error, unsigned long long 
     return state;
 }
 
-void slotmigLoaderFree(slotMigLoader *l) {
-    if (l == NULL) return;
-    atomicSet(l->stop,1);
-    shutdown(l->conn->fd,SHUT_RDWR);    /* wakes a read; not through TLS, whose state is the thread's */
+/* On a bio thread: the loader's may be inside of a large value. */
+static void finishLoader(void *args[]) {
+    slotMigLoader *l = args[0];
     pthread_join(l->thread,NULL);
-    aeDeleteFileEvent(server.el,getReadEventFd(l->notifier),AE_READABLE);
     freeEventNotifier(l->notifier);
     connClose(l->conn);
     slotMigSection *s;
@@ -514,4 +519,13 @@ void slotmigLoaderFree(slotMigLoader *l) {
     slotRdbIndexFree(&l->index);
     pthread_mutex_destroy(&l->mutex);
     zfree(l);
+}
+
+/* Stops the thread; what it holds is freed in the background. */
+void slotmigLoaderFree(slotMigLoader *l) {
+    if (l == NULL) return;
+    atomicSet(l->stop,1);
+    shutdown(l->conn->fd,SHUT_RDWR);    /* wakes a read; not through TLS, whose state is the thread's */
+    aeDeleteFileEvent(server.el,getReadEventFd(l->notifier),AE_READABLE);
+    bioCreateLazyFreeJob(finishLoader,1,l);
 }

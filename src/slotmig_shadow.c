@@ -196,6 +196,12 @@ int slotmigShadowDrainStep(monotime until) {
     return 1;
 }
 
+int slotmigAnyShadowDraining(void) {
+    for (int i = 1; i < SHADOWS; i++)
+        if (shadows[i].state == SHADOW_DRAINING) return 1;
+    return 0;
+}
+
 /* Database 0 is about to be emptied: what is still registered in a merged
  * shadow's ebuckets goes with it. */
 void slotmigShadowFlushed(void) {
@@ -219,7 +225,8 @@ static void unlinkFieldExpiry(void *privdata, const dictEntry *de) {
  * closed to clients: nothing may register such a hash any more. */
 int slotmigUnlinkFieldExpiry(int slot, unsigned long long *cursor, monotime until) {
     redisDb *db = server.db;
-    if (db->hexpires == NULL || kvstoreDictSize(db->keys,slot) == 0) return 1;
+    if (kvstoreDictSize(db->keys,slot) == 0) return 1;
+    if (db->hexpires == NULL && !slotmigAnyShadowDraining()) return 1;
     for (int n = 1; ; n++) {
         *cursor = kvstoreScan(db->keys,*cursor,slot,unlinkFieldExpiry,NULL,NULL);
         if (*cursor == 0) return 1;

@@ -21,8 +21,11 @@
  *               detached in slices and freed in the background
  *
  * The fence. Behind it wait: commands that write, or may replicate, on a moving
- * slot, and slot-less ones that could write anywhere (FLUSHALL, scripts without
- * keys). Expiry and eviction stop on the whole node for these milliseconds.
+ * slot, and slot-less ones that could write anywhere (scripts without keys).
+ * FLUSHALL and its like do not wait, they end the job. Reads of the moving slots
+ * expire nothing; the active expire cycle and eviction stop for these milliseconds.
+ * (Upstream's pause of expiry must not be used: it takes for granted that nobody
+ * writes, and a write to an expired key of another slot would be an assertion.)
  * What cannot be made to wait (a module's timer) is seen by the feed, and the
  * attempt is discarded: nothing that was acknowledged is ever behind a cut.
  *
@@ -40,6 +43,9 @@
 
 #define ASK_PERIOD 200              /* ms between two questions to a silent target */
 #define RETRY_PERIOD 100            /* ms until the next attempt after a discarded one */
+#define RETRY_DOUBLINGS 6           /* of it, attempt by attempt */
+#define SILENCE 1000                /* ms without a word from the target that make a hand-off hopeless */
+#define ASK_ANYWAY 1000             /* ms after the commit when a link that seems alive is not trusted */
 #define ESTIMATE_SAMPLES 64         /* keys looked at to guess the bytes of a job */
 
 /* upstream's, not declared in its headers */
@@ -60,10 +66,12 @@ struct slotMigSource {
     int complete;                   /* the target has all of it */
     long long point;                /* stream offset of the snapshot */
     int wrote;                      /* something wrote to the slots behind the cut */
+    sds doomed;                     /* what the feed found; it must not end a job itself */
     monotime fenced_at;
     mstime_t next_attempt;
     slotMigDial *ask;
     mstime_t next_ask;
+    uint64_t cut_epoch;             /* of ours, that CUT told */
     int trim_slot;                  /* next to trim */
     unsigned long long trim_cursor;
     slotMigLimbo *limbo;
@@ -83,7 +91,7 @@ slotMigLink *slotmigSourceStream(slotMigJob *job) {
 /* ---- what the hooks ask ---- */
 
 int slotmigSourceFollows(const slotMigJob *job) {
-    return job->role == SLOTMIG_SOURCE && job->src && job->src->stream &&
+    return job->role == SLOTMIG_SOURCE && job->src && job->src->stream && !job->src->doomed &&
         (job->state == SLOTMIG_SNAPSHOT || job->state == SLOTMIG_STREAMING || job->state == SLOTMIG_FENCED);
 }
 
@@ -92,14 +100,36 @@ void slotmigSourceWrote(slotMigJob *job, size_t bytes) {
     job->src->wrote = 1;
 }
 
-int slotmigFenced(void) {
-    return fences > 0;
+void slotmigSourceDoom(slotMigJob *job, sds error) {
+    if (job->src->doomed) sdsfree(error);
+    else job->src->doomed = error;
+}
+
+static void flushComes(slotMigJob *job, void *arg) {
+    UNUSED(arg);
+    if (job->role == SLOTMIG_SOURCE) slotmigSourceFlushed(job);
+}
+
+int slotmigExpiryWaits(int slot) {
+    return __builtin_expect(fences,0) && (slot == -1 || slotSetHas(&fenced,slot));
+}
+
+int slotmigFieldExpiryWaits(robj *o) {
+    if (__builtin_expect(!fences,1)) return 0;
+    sds key = o->encoding == OBJ_ENCODING_LISTPACK_EX ? ((listpackEx*)o->ptr)->key
+                                                      : ((dictExpireMetadata*)dictMetadata((dict*)o->ptr))->key;
+    return slotSetHas(&fenced,keyHashSlot(key,sdslen(key)));
 }
 
 /* Called for every command that is about to run, after redirections. */
 int slotmigMustWait(client *c, int may_replicate) {
     if (!fences || !may_replicate) return 0;
-    if (c->cmd->flags & CMD_PUBSUB) return 0;   /* talks to others, writes nothing */
+    if ((c->cmd->flags & (CMD_PUBSUB|CMD_WRITE)) == CMD_PUBSUB) return 0;   /* writes nothing */
+    if (c->cmd->proc == flushallCommand || c->cmd->proc == flushdbCommand || c->cmd->proc == sflushCommand) {
+        /* If it waited, it would find the slots gone, and their keys flushed nowhere. */
+        slotmigEachJob(flushComes,NULL);
+        if (!fences) return 0;
+    }
     if (c->slot >= 0) return slotSetHas(&fenced,c->slot);
     /* No key was named: it may write anywhere. */
     if (c->cmd->proc == execCommand) return (c->mstate.cmd_flags & CMD_WRITE) != 0;
@@ -107,10 +137,19 @@ int slotmigMustWait(client *c, int may_replicate) {
 }
 
 clusterNode *slotmigSlotOwner(int slot, clusterNode *owner) {
-    if (closed.count == 0 || owner != server.cluster->myself || !slotSetHas(&closed,slot)) return owner;
+    if (closed.count == 0 || (owner && owner != server.cluster->myself) || !slotSetHas(&closed,slot)) return owner;
     slotMigJob *job = slotmigJobOfSlot(slot);
-    clusterNode *target = job ? slotmigPeer(job) : NULL;
-    return target ? target : owner;
+    return job ? slotmigPeer(job) : NULL;   /* forgotten: nobody serves it */
+}
+
+int slotmigKeepsMaster(void) {
+    return closed.count != 0;
+}
+
+void slotmigBeforeEpochRaise(void) {
+    if (closed.count == 0) return;
+    for (int j = slotSetNext(&closed,0); j != -1; j = slotSetNext(&closed,j+1))
+        if (server.cluster->slots[j] == server.cluster->myself) clusterDelSlot(j);
 }
 
 static void slotSetChange(slotSet *all, const slotSet *some, int in) {
@@ -174,10 +213,10 @@ static unsigned long long estimateBytes(const slotSet *slots, unsigned long long
 }
 
 static void offerDone(connection *conn, const char *line, const char *error, void *arg) {
-    UNUSED(line);
     slotMigJob *job = arg;
     job->src->offer = NULL;
     if (conn) connClose(conn);
+    if (error == NULL && strcmp(line,"+OK")) error = "the answer is not one of this version";
     if (error == NULL) {
         if (job->state == SLOTMIG_OFFERED) slotmigSetState(job,SLOTMIG_WAITING,"for the target's connections");
         slotmigRequestAnswered(job,NULL);
@@ -195,9 +234,26 @@ static void offerDone(connection *conn, const char *line, const char *error, voi
     slotmigFail(job,SLOTMIG_FAILED,why);
 }
 
+/* A node that both gives and takes slots would raise its epoch while it still
+ * claims slots that it has committed. NULL: none of its jobs has this role. */
+sds slotmigRefuseRole(slotMigRole role) {
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (job->role == role)
+            return sdscatprintf(sdsempty(),"node %.40s is the %s of slot migration %s: wait for its end, a node cannot give "
+                "and take slots at the same time yet",server.cluster->myself->name,
+                role == SLOTMIG_SOURCE ? "source" : "target",job->id);
+    }
+    return NULL;
+}
+
 /* Checks, and makes the job that asks the target. NULL: *error tells why not. */
 slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, sds *error) {
     if ((*error = checkSource(slots,target)) != NULL) return NULL;
+    if ((*error = slotmigRefuseRole(SLOTMIG_TARGET)) != NULL) return NULL;
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
         slotMigJob *other = slotmigJobOfSlot(j);
         if (other) {
@@ -216,8 +272,8 @@ slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, sds *e
     job->bytes_total = estimateBytes(slots,job->keys_total);
     slotmigSetReason(job,"asking the target");
 
-    /* CLUSTER SLOTMIG OFFER protocol job source keys bytes start end ... */
-    int argc = 0, room = 8;
+    /* CLUSTER SLOTMIG OFFER protocol job source target keys bytes start end ... */
+    int argc = 0, room = 9;
     sds *argv = zmalloc(sizeof(sds)*room);
     argv[argc++] = sdsnew("CLUSTER");
     argv[argc++] = sdsnew("SLOTMIG");
@@ -225,6 +281,7 @@ slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, sds *e
     argv[argc++] = sdsfromlonglong(SLOTMIG_PROTOCOL);
     argv[argc++] = sdsnew(job->id);
     argv[argc++] = sdsnewlen(server.cluster->myself->name,CLUSTER_NAMELEN);
+    argv[argc++] = sdsnew(job->peer);
     argv[argc++] = sdscatfmt(sdsempty(),"%U",job->keys_total);
     argv[argc++] = sdscatfmt(sdsempty(),"%U",job->bytes_total);
     argv = slotmigRangeArgs(argv,&argc,slots);
@@ -246,20 +303,22 @@ sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what) {
     if (!strcasecmp(what,"stream") && !s->stream && !s->stream_client) id = &s->stream_client;
     else if (!strcasecmp(what,"snapshot") && !s->snapshot && !s->snapshot_client) id = &s->snapshot_client;
     else return sdscatprintf(sdsempty(),"slot migration %s has its connections already",job->id);
-    *id = c->id;
-    blockClient(c,BLOCKED_LAZYFREE);
+    if (slotmigMayBlock(c)) {
+        *id = c->id;
+        slotmigBlockClient(c);
+    }
     return NULL;
 }
 
 /* NULL: not yet, or (*id is 0 then) never. */
 static connection *takeConnection(uint64_t *id) {
-    client *c = lookupClientByID(*id);
+    client *c = slotmigBlockedClient(*id);
     /* What it was answered before, to AUTH, goes first. */
-    if (c && c->conn && clientHasPendingReplies(c) && writeToClient(c,0) == C_OK && clientHasPendingReplies(c))
+    if (c && clientHasPendingReplies(c) && writeToClient(c,0) == C_OK && clientHasPendingReplies(c))
         return NULL;
-    c = lookupClientByID(*id);
+    c = slotmigBlockedClient(*id);
     *id = 0;
-    return c && c->conn && c->flags & CLIENT_BLOCKED ? slotmigStealConnection(c) : NULL;
+    return c ? slotmigStealConnection(c) : NULL;
 }
 
 void slotmigSourceBeforeSleep(void) {
@@ -402,14 +461,15 @@ static void fenceUp(slotMigJob *job) {
     slotmigSetState(job,SLOTMIG_FENCED,NULL);
     slotSetChange(&fenced,&job->slots,1);
     if (fences++ == 0)
-        pauseActions(PAUSE_BY_SLOT_MIGRATION,LLONG_MAX,PAUSE_ACTION_EXPIRE|PAUSE_ACTION_EVICT);
+        pauseActions(PAUSE_BY_SLOT_MIGRATION,LLONG_MAX,PAUSE_ACTION_EVICT);
     s->fenced_at = getMonotonicUs();
     s->wrote = 0;
+    s->cut_epoch = server.cluster->myself->configEpoch;
 
     sds f = slotmigFrameStart(FRAME_CUT);
     f = slotmigFrameInt(f,job->attempt,8);
     f = slotmigFrameInt(f,server.master_repl_offset,8);
-    f = slotmigFrameInt(f,server.cluster->myself->configEpoch,8);
+    f = slotmigFrameInt(f,s->cut_epoch,8);
     f = slotmigFrameInt(f,server.cluster->currentEpoch,8);
     slotmigLinkSend(s->stream,f);
     slotmigLinkFlush(s->stream);
@@ -425,7 +485,8 @@ static void fenceDown(slotMigJob *job) {
 static void discardAttempt(slotMigJob *job, const char *why) {
     fenceDown(job);
     slotmigSetState(job,SLOTMIG_STREAMING,why);
-    job->src->next_attempt = mstime()+RETRY_PERIOD;
+    uint64_t doublings = job->attempt < RETRY_DOUBLINGS ? job->attempt : RETRY_DOUBLINGS;
+    job->src->next_attempt = mstime()+(RETRY_PERIOD << doublings);
     slotmigLinkSend(job->src->stream,slotmigFrameInt(slotmigFrameStart(FRAME_DISCARD),job->attempt,8));
 }
 
@@ -436,6 +497,10 @@ static void tryFence(slotMigJob *job) {
     if (slotmigFailPoint(FP_source_before_cut) == FAILPOINT_PAUSE) return;
     if (lag > (unsigned long long)slotmig_config.handoff_max_lag) {
         slotmigSetReason(job,"the target lags %llu bytes behind the writes",lag);
+        return;
+    }
+    if (mstime() - s->stream->last_read > SILENCE) {
+        slotmigSetReason(job,"no word from the target for %lld ms",(long long)(mstime() - s->stream->last_read));
         return;
     }
     if (server.cluster->mf_end) {
@@ -473,9 +538,10 @@ static sds compareCounts(slotMigJob *job, frameReader *r) {
 }
 
 /* Clients in blocking commands on the slots would otherwise be redirected by
- * the cron, up to a second later. */
+ * the cron, up to a second later. Redirecting one changes the dict: ids first. */
 static void redirectBlockedClients(slotMigJob *job) {
-    list *clients = listCreate();
+    size_t n = 0, room = 0;
+    uint64_t *ids = NULL;
     dictIterator *di = dictGetIterator(server.db[0].blocking_keys);
     dictEntry *de;
     while ((de = dictNext(di)) != NULL) {
@@ -485,19 +551,16 @@ static void redirectBlockedClients(slotMigJob *job) {
         listNode *ln;
         listRewind(dictGetVal(de),&li);
         while ((ln = listNext(&li)) != NULL) {
-            client *c = listNodeValue(ln);
-            if (!listSearchKey(clients,c)) listAddNodeTail(clients,c);
+            if (n == room) ids = zrealloc(ids,sizeof(*ids)*(room = room ? room*2 : 16));
+            ids[n++] = ((client*)listNodeValue(ln))->id;
         }
     }
     dictReleaseIterator(di);
-    listIter li;
-    listNode *ln;
-    listRewind(clients,&li);
-    while ((ln = listNext(&li)) != NULL) {
-        client *c = listNodeValue(ln);
-        if (clusterRedirectBlockedClientIfNeeded(c)) unblockClientOnError(c,NULL);
+    for (size_t i = 0; i < n; i++) {
+        client *c = lookupClientByID(ids[i]);
+        if (c && clusterRedirectBlockedClientIfNeeded(c)) unblockClientOnError(c,NULL);
     }
-    listRelease(clients);
+    zfree(ids);
 }
 
 static void commit(slotMigJob *job) {
@@ -518,6 +581,7 @@ static void commit(slotMigJob *job) {
 }
 
 static void prepared(slotMigJob *job, frameReader *r) {
+    slotMigSource *s = job->src;
     uint64_t n = frameGetInt(r,8);
     uint64_t epoch = frameGetInt(r,8);
     if (r->bad || job->state != SLOTMIG_FENCED || n != job->attempt) return;  /* of a discarded attempt */
@@ -526,8 +590,12 @@ static void prepared(slotMigJob *job, frameReader *r) {
         discardAttempt(job,"fail point source_before_commit");
         return;
     }
-    if (job->src->wrote) {
+    if (job->src->wrote || job->src->doomed) {
         discardAttempt(job,"something wrote to the slots behind the fence");
+        return;
+    }
+    if (epoch <= server.cluster->myself->configEpoch || s->cut_epoch != server.cluster->myself->configEpoch) {
+        discardAttempt(job,"this node's epoch changed during the hand-off");
         return;
     }
     sds error = compareCounts(job,r);
@@ -538,6 +606,7 @@ static void prepared(slotMigJob *job, frameReader *r) {
         return;
     }
     job->epoch = epoch;
+    if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
     commit(job);
 }
 
@@ -555,19 +624,42 @@ void slotmigDatasetChanged(void) {
     if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
 }
 
+/* Transactions that watch keys of the slots fail. Touching a key changes the
+ * dict of watched keys, also elsewhere than at that key: names first. */
+static void touchWatchedKeys(slotMigJob *job) {
+    list *keys = listCreate();
+    listSetFreeMethod(keys,(void (*)(void*))decrRefCount);
+    dictIterator *di = dictGetIterator(server.db[0].watched_keys);
+    dictEntry *de;
+    while ((de = dictNext(di)) != NULL) {
+        robj *key = dictGetKey(de);
+        if (!slotSetHas(&job->slots,keyHashSlot(key->ptr,sdslen(key->ptr)))) continue;
+        incrRefCount(key);
+        listAddNodeTail(keys,key);
+    }
+    dictReleaseIterator(di);
+    listIter li;
+    listNode *ln;
+    listRewind(keys,&li);
+    while ((ln = listNext(&li)) != NULL) touchWatchedKey(server.db,listNodeValue(ln));
+    listRelease(keys);
+}
+
 /* The target has the slots, with this epoch. */
 static void handOffDone(slotMigJob *job, uint64_t epoch) {
     clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
     job->epoch = epoch;
     if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
-    if (target && clusterNodeIsMaster(myself)) {
-        if (target->configEpoch < epoch) target->configEpoch = epoch;
+    if (clusterNodeIsMaster(myself)) {
+        if (target && target->configEpoch < epoch) target->configEpoch = epoch;
         for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
-            if (server.cluster->slots[j] != myself) continue;
-            clusterDelSlot(j);
-            clusterAddSlot(target,j);
+            clusterNode *owner = server.cluster->slots[j];
+            if (owner && owner != myself) continue;
+            if (owner) clusterDelSlot(j);
+            if (target) clusterAddSlot(target,j);
         }
-        clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE|CLUSTER_TODO_FSYNC_CONFIG);
+        /* Not to the disk at once: the target's claim would tell us again. */
+        clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE);
     }
     slotmigSetState(job,SLOTMIG_TRIMMING,NULL);
     if (job->src->stream) {
@@ -576,22 +668,45 @@ static void handOffDone(slotMigJob *job, uint64_t epoch) {
     }
     /* Clients that cache keys of ours, or watch them, hear of it. */
     if (server.tracking_clients) trackingInvalidateKeysOnFlush(1);
-    dictIterator *di = dictGetSafeIterator(server.db[0].watched_keys);
-    dictEntry *de;
-    while ((de = dictNext(di)) != NULL) {
-        robj *key = dictGetKey(de);
-        if (slotSetHas(&job->slots,keyHashSlot(key->ptr,sdslen(key->ptr)))) touchWatchedKey(server.db,key);
-    }
-    dictReleaseIterator(di);
+    touchWatchedKeys(job);
     job->src->limbo = slotmigLimboCreate();
 }
 
-/* The target will never take this attempt: we still own the slots, go on. */
+/* The target will never take this attempt: the slots are ours again. Its claim
+ * may have been seen by others before it died, so ours needs a higher epoch. Past
+ * the commit only two words of the target end a job: TAKEN, and this. */
 static void takeBack(slotMigJob *job, const char *why) {
+    clusterNode *myself = server.cluster->myself;
     slotSetChange(&closed,&job->slots,0);
-    /* Past the commit only these two words of the target end a job: TAKEN, and this. */
+    if (clusterNodeIsMaster(myself)) {
+        for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
+            clusterNode *owner = server.cluster->slots[j];
+            if (owner == myself || (owner && strncmp(owner->name,job->peer,CLUSTER_NAMELEN))) continue;
+            if (owner) clusterDelSlot(j);
+            clusterAddSlot(myself,j);
+        }
+        slotmigBeforeEpochRaise();  /* slots of other jobs */
+        if (server.cluster->currentEpoch < job->epoch) server.cluster->currentEpoch = job->epoch;
+        myself->configEpoch = ++server.cluster->currentEpoch;
+        clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE|CLUSTER_TODO_FSYNC_CONFIG);
+        clusterBroadcastPong(0);
+    }
+    /* Slots that a third node took meanwhile. */
+    slotMigLimbo *limbo = slotmigLimboCreate();
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
+        unsigned long long cursor = 0;
+        if (server.cluster->slots[j] == myself) continue;
+        slotmigUnlinkFieldExpiry(j,&cursor,UINT64_MAX);
+        slotmigLimboTake(limbo,j);
+    }
+    slotmigLimboFree(limbo);
     slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target did not take over: %s",why));
     unblockPostponedClients();
+}
+
+/* For an operator who knows that the target will never take the slots. */
+void slotmigSourceForce(slotMigJob *job) {
+    takeBack(job,"taken back by force");
 }
 
 static void askDone(connection *conn, const char *line, const char *error, void *arg) {
@@ -603,12 +718,19 @@ static void askDone(connection *conn, const char *line, const char *error, void 
     if (error) slotmigSetReason(job,"committed; asking the target whether it took over: %s",error);
     else if (sscanf(line,"+TAKEN %llu",&epoch) == 1) handOffDone(job,epoch);
     else if (!strncmp(line,"+DISCARDED",10)) takeBack(job,"it had lost the job");
+    else if (!strncmp(line,"+OWNER",6))
+        slotmigSetReason(job,"committed; the target was restarted, owns the slots and has keys in them, while the keys "
+            "here were not handed over for certain: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE takes the slots back",job->id);
+    else if (!strncmp(line,"+MOVED-ON",9))
+        slotmigSetReason(job,"committed; the slots have another owner by now: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE "
+            "ends this migration",job->id);
     else slotmigSetReason(job,"committed; the target has not taken over yet");
 }
 
 static void askTarget(slotMigJob *job) {
     clusterNode *target = slotmigPeer(job);
-    if (job->src->stream || job->src->ask || mstime() < job->src->next_ask) return;
+    if (job->src->ask || mstime() < job->src->next_ask) return;
+    if (job->src->stream && mstime() - job->state_since < ASK_ANYWAY) return;
     if (target == NULL) {
         slotmigSetReason(job,"committed; the target was forgotten: CLUSTER MEET it again");
         return;
@@ -619,8 +741,9 @@ static void askTarget(slotMigJob *job) {
 sds slotmigSourceAnswer(slotMigJob *job) {
     if (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_TRIMMING || job->state == SLOTMIG_DONE)
         return sdscatfmt(sdsempty(),"COMMITTED %U",job->attempt);
-    /* The asker lost its link, so the attempt it asks about will never be
-     * committed: COMMIT goes on the connection of the CUT only. */
+    /* The asker holds an attempt that we have not committed, and drops it on this
+     * answer: so it must never be committed. */
+    if (slotmigCancellable(job)) slotmigFail(job,SLOTMIG_FAILED,sdsnew("the target lost its link in the middle of the hand-off"));
     return sdsnew("DISCARDED");
 }
 
@@ -728,7 +851,7 @@ void slotmigSourceStep(slotMigJob *job) {
     if (s->stream) slotmigLinkTick(s->stream);
     if (slotmigEnded(job)) return;
     if (slotmigCancellable(job)) {
-        sds error = checkSource(&job->slots,slotmigPeer(job));
+        sds error = s->doomed ? sdsdup(s->doomed) : checkSource(&job->slots,slotmigPeer(job));
         if (error) {
             slotmigFail(job,SLOTMIG_FAILED,error);
             return;
@@ -756,6 +879,8 @@ void slotmigSourceStep(slotMigJob *job) {
     case SLOTMIG_FENCED:
         if ((long long)(getMonotonicUs() - s->fenced_at) > slotmig_config.write_pause_timeout*1000)
             discardAttempt(job,"the target was not prepared within cluster-slot-migration-write-pause-timeout");
+        else if (mstime() - s->stream->last_read > SILENCE)
+            discardAttempt(job,"the target fell silent during the hand-off");
         break;
     case SLOTMIG_COMMITTED:
         askTarget(job);
@@ -792,6 +917,7 @@ void slotmigSourceFree(slotMigJob *job) {
         connClose(s->snapshot);
     }
     slotmigLimboFree(s->limbo);
+    sdsfree(s->doomed);
     zfree(s);
     job->src = NULL;
 }

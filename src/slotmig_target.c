@@ -11,8 +11,11 @@
  *               is sent. From here this node is bound: it neither forgets nor
  *               takes over by itself. If the link breaks it asks the source.
  *               Clients that come for the slots a moment early are held
- *   DONE        COMMIT n came: slots into our map with the reserved epoch,
- *               nodes.conf, shadow merged, one PONG to every node, TAKEN
+ *   TAKEN       COMMIT n came: slots into our map with the reserved epoch,
+ *               nodes.conf, shadow merged, one PONG to every node. They are served.
+ *               The source hears of it when nodes.conf is on the disk, which a bio
+ *               thread sees to; until then it keeps its copy
+ *   DONE
  *
  * Commands of the stream run by a client that is pinned to the shadow and has
  * no connection. Its commands' functions are called directly: no redirection,
@@ -30,6 +33,9 @@
  * Public License v3 (AGPLv3), see LICENSE. */
 
 #include "slotmig_job.h"
+#include "bio.h"
+#include <fcntl.h>
+#include <libgen.h>
 
 #define ACK_PERIOD 50               /* ms between two words about progress */
 #define ASK_PERIOD 200              /* ms between two questions to a silent source */
@@ -57,7 +63,9 @@ struct slotMigTarget {
     uint64_t cut_n, cut_epoch, cut_current;
     long long cut_offset;
     mstime_t last_ack, prepared_at;
+    int holding;                    /* clients that come early */
     slotMigDial *ask;
+    int ask_anyway;                 /* although the link seems alive: the source asked */
     mstime_t next_ask;
 };
 
@@ -123,6 +131,7 @@ sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
             return sdscatprintf(sdsempty(),"slot %d is in a CLUSTER SETSLOT state there: use CLUSTER SETSLOT %d STABLE first",j,j);
     }
     if (slotmigFindJob(id)) return sdsnew("a job with this id is known there");
+    if ((error = slotmigRefuseRole(SLOTMIG_SOURCE)) != NULL) return error;
     if (slotmigFailPoint(FP_target_before_accept) == FAILPOINT_FAIL) return sdsnew("fail point target_before_accept");
     slotMigShadow *shadow = slotmigShadowCreate();
     if (shadow == NULL) return sdsnew("it takes part in as many migrations as it can: try again later");
@@ -132,6 +141,7 @@ sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
     t->shadow = shadow;
     t->applier = createClient(NULL);
     t->applier->flags |= CLIENT_DENY_BLOCKING;
+    t->applier->user = NULL;        /* no ACL, as for a master's link */
     job->keys_total = keys;
     job->bytes_total = bytes;
     startDials(job);
@@ -141,8 +151,6 @@ sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
 /* ---- CONNECTING ---- */
 
 static void failTarget(slotMigJob *job, sds error);
-static void startLoaderThread(slotMigJob *job);
-
 static void streamDialed(connection *conn, const char *line, const char *error, void *arg) {
     slotMigJob *job = arg;
     int version = 0;
@@ -167,7 +175,6 @@ static void snapshotDialed(connection *conn, const char *line, const char *error
         return;
     }
     job->tgt->snapshot = conn;
-    startLoaderThread(job);
 }
 
 static slotMigDial *dialAttach(slotMigJob *job, const char *what, slotMigDialDone *done) {
@@ -229,8 +236,9 @@ static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
     /* As call() does, without what concerns clients. The flags: what a replica
      * would do, without ever blocking; MASTER must be gone when c is freed. */
     long long dirty = server.dirty, errors = server.stat_total_error_replies;
-    int allowed = server.replication_allowed;
+    int allowed = server.replication_allowed, on_error = server.propagation_error_behavior;
     server.replication_allowed = 0;
+    server.propagation_error_behavior = PROPAGATION_ERR_BEHAVIOR_IGNORE;    /* we fail the job */
     server.current_client = server.executing_client = c;
     c->flags |= CLIENT_EXECUTING_COMMAND|CLIENT_MASTER;
     slotmig_applying = 1;
@@ -242,11 +250,13 @@ static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
     server.current_client = prev;
     server.executing_client = prev_executing;
     server.replication_allowed = allowed;
+    server.propagation_error_behavior = on_error;
     server.dirty = dirty;   /* it counts when the slots are taken over */
 
     if (server.stat_total_error_replies != errors)
         error = sdscatprintf(sdsempty(),"the command '%s' of the stream failed in slot %d on key '%.64s'",
             cmd->fullname,slot,c->argc > 1 ? (char*)c->argv[1]->ptr : "");
+    freeClientOriginalArgv(c);
     resetClient(c);
     return error;
 }
@@ -416,10 +426,11 @@ static void loaderWake(void *arg) {
     slotmigJobStep(arg);
 }
 
-/* The announcement and the connection come on two sockets, in any order. */
+/* The announcement and the connection come on two sockets, in any order. From
+ * the step, because the thread must not start inside of the connection's handler. */
 static void startLoaderThread(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
-    if (!t->announced || t->snapshot == NULL) return;
+    if (!t->announced || t->snapshot == NULL || t->loader) return;
     if (slotmigFailPoint(FP_target_before_load) == FAILPOINT_FAIL) {
         failTarget(job,sdsnew("fail point target_before_load"));
         return;
@@ -445,7 +456,6 @@ static void gotSnapshot(slotMigJob *job, frameReader *r) {
     job->started = mstime();
     t->announced = 1;
     t->snapshot_point = point;
-    startLoaderThread(job);
 }
 
 /* ---- PREPARING, PREPARED ---- */
@@ -510,6 +520,7 @@ static void prepare(slotMigJob *job) {
         f = slotmigFrameInt(f,kvstoreDictSize(db->expires,j),8);
     }
     t->prepared_at = mstime();
+    t->holding = 1;
     slotmigSetState(job,SLOTMIG_PREPARED,"waiting for the source to commit");
     slotmigLinkSend(t->stream,f);
     slotmigLinkFlush(t->stream);
@@ -521,8 +532,7 @@ static void prepare(slotMigJob *job) {
 int slotmigHoldClient(client *c, int slot) {
     if (!slotmigActive() || slot < 0) return 0;
     slotMigJob *job = slotmigJobOfSlot(slot);
-    if (job == NULL || job->state != SLOTMIG_PREPARED) return 0;
-    if (mstime() - job->tgt->prepared_at > server.cluster_node_timeout) return 0;
+    if (job == NULL || job->state != SLOTMIG_PREPARED || !job->tgt->holding) return 0;
     if (c->flags & CLIENT_DENY_BLOCKING) return 0;
     blockPostponeClient(c);
     return 1;
@@ -536,11 +546,40 @@ static sds cannotTake(slotMigJob *job) {
     if (!clusterNodeIsMaster(myself)) return sdsnew("the target is not a master any more");
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
         clusterNode *owner = server.cluster->slots[j];
+        if (slotHasLeftovers(j)) return sdscatprintf(sdsempty(),"slot %d got keys at the target meanwhile",j);
         if (owner == myself || owner == NULL) continue;
         if (owner != source || owner->configEpoch >= job->epoch)
             return sdscatprintf(sdsempty(),"slot %d belongs to node %.40s by a later decision",j,owner->name);
     }
     return NULL;
+}
+
+/* nodes.conf with the new slots is on the disk. */
+static void takenDurably(uint64_t unused, void *ptr) {
+    UNUSED(unused);
+    sds id = ptr;
+    slotMigJob *job = slotmigFindJob(id);
+    sdsfree(id);
+    if (job == NULL || job->state != SLOTMIG_TAKEN) return;     /* CLUSTER RESET meanwhile */
+    if (slotmigFailPoint(FP_target_after_takeover) != FAILPOINT_FAIL && job->tgt->stream) {
+        sds f = slotmigFrameStart(FRAME_TAKEN);
+        f = slotmigFrameInt(f,job->tgt->cut_n,8);
+        f = slotmigFrameInt(f,job->epoch,8);
+        slotmigLinkSend(job->tgt->stream,f);
+    }
+    slotmigEndJob(job,SLOTMIG_DONE,NULL);
+}
+
+/* Bring nodes.conf, just written, to the disk without the main thread waiting
+ * for it, then call takenDurably(). */
+static void makeTakenDurable(slotMigJob *job) {
+    char path[PATH_MAX];
+    snprintf(path,sizeof(path),"%s",server.cluster_configfile);
+    int file = open(path,O_RDONLY), dir = open(dirname(path),O_RDONLY|O_DIRECTORY);
+    if (file == -1 || dir == -1) clusterSaveConfigOrDie(1);     /* then here */
+    if (file != -1) bioCreateCloseJob(file,1,0);
+    if (dir != -1) bioCreateCloseJob(dir,1,0);
+    bioCreateCompRq(BIO_WORKER_CLOSE_FILE,takenDurably,0,sdsnew(job->id));
 }
 
 static void takeOver(slotMigJob *job) {
@@ -554,7 +593,6 @@ static void takeOver(slotMigJob *job) {
             slotmigLinkSend(t->stream,sdscatsds(f,error));
         }
         slotmigFail(job,SLOTMIG_FAILED,error);
-        unblockPostponedClients();
         return;
     }
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
@@ -563,20 +601,21 @@ static void takeOver(slotMigJob *job) {
     }
     if (myself->configEpoch < job->epoch) myself->configEpoch = job->epoch;
     if (server.cluster->currentEpoch < job->epoch) server.cluster->currentEpoch = job->epoch;
-    clusterSaveConfigOrDie(1);      /* before anybody is served or told */
+    clusterSaveConfigOrDie(0);      /* a crash of this process finds it */
     server.dirty += slotmigShadowMerge(t->shadow,&job->slots);
     t->shadow = NULL;
     clusterUpdateState();
     clusterBroadcastPong(0);        /* to every node: one message with all slots */
     slotmigDatasetChanged();
-    if (slotmigFailPoint(FP_target_after_takeover) != FAILPOINT_FAIL && t->stream) {
-        sds f = slotmigFrameStart(FRAME_TAKEN);
-        f = slotmigFrameInt(f,t->cut_n,8);
-        f = slotmigFrameInt(f,job->epoch,8);
-        slotmigLinkSend(t->stream,f);
-    }
-    slotmigEndJob(job,SLOTMIG_DONE,NULL);
+    t->holding = 0;
+    slotmigSetState(job,SLOTMIG_TAKEN,"the new slot map goes to the disk");
+    makeTakenDurable(job);
     unblockPostponedClients();
+}
+
+/* For an operator who knows that the source serves the slots, or is gone. */
+void slotmigTargetForce(slotMigJob *job) {
+    slotmigFail(job,SLOTMIG_CANCELLED,sdsnew("discarded by force"));
 }
 
 static void gotCommit(slotMigJob *job, frameReader *r) {
@@ -594,22 +633,26 @@ static void askDone(connection *conn, const char *line, const char *error, void 
     if (conn) connClose(conn);
     if (error) slotmigSetReason(job,"prepared; asking the source whether it committed: %s",error);
     else if (sscanf(line,"+COMMITTED %llu",&n) == 1 && n == job->tgt->cut_n) takeOver(job);
+    else if (strncmp(line,"+DISCARDED",10)) slotmigSetReason(job,"prepared; the source neither knows this migration "
+        "nor serves the slots any more: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE drops the copy here",job->id);
     else {
         slotmigFail(job,SLOTMIG_FAILED,sdsnew("the source discarded the hand-off after the link was lost"));
-        unblockPostponedClients();
     }
 }
 
 static void askSource(slotMigJob *job) {
     clusterNode *source = slotmigPeer(job);
-    if (job->tgt->stream || job->tgt->ask || mstime() < job->tgt->next_ask) return;
+    if ((job->tgt->stream && !job->tgt->ask_anyway) || job->tgt->ask || mstime() < job->tgt->next_ask) return;
     if (source == NULL) slotmigSetReason(job,"prepared; the source was forgotten: CLUSTER MEET it again");
     else job->tgt->ask = slotmigAsk(job,source,askDone);
 }
 
 sds slotmigTargetAnswer(slotMigJob *job) {
     if (job->state == SLOTMIG_DONE) return sdscatfmt(sdsempty(),"TAKEN %U",job->epoch);
-    if (!slotmigEnded(job)) return sdsnew("PENDING");
+    if (!slotmigEnded(job)) {
+        if (job->state == SLOTMIG_PREPARED) job->tgt->ask_anyway = 1;
+        return sdsnew("PENDING");
+    }
     return sdsnew("DISCARDED");
 }
 
@@ -629,10 +672,9 @@ static void targetFrame(slotMigJob *job, int type, frameReader *r) {
     case FRAME_ABORT: {
         int cancelled = frameGetInt(r,1);
         const char *why = frameGetBytes(r,len ? len-1 : 0);
-        if (r->bad) return;
+        if (r->bad || job->state == SLOTMIG_TAKEN) return;
         slotmigFail(job,cancelled ? SLOTMIG_CANCELLED : SLOTMIG_FAILED,
             sdscatlen(sdsnew("at the source: "),why,len-1));
-        unblockPostponedClients();
         break;
     }
     default: r->bad = 1;
@@ -650,7 +692,7 @@ static void targetClosed(slotMigJob *job, const char *why) {
     if (slotmigCancellable(job))
         slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the link to the source is lost: %s",why));
     else
-        slotmigSetReason(job,"prepared; the link to the source is lost: %s",why);
+        slotmigSetReason(job,"%s; the link to the source is lost: %s",slotmig_state_names[job->state],why);
 }
 
 /* ---- the step ---- */
@@ -675,11 +717,17 @@ void slotmigTargetStep(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     monotime until = slotmigSliceEnd();
     if (t->stream) slotmigLinkTick(t->stream);
-    if (slotmigEnded(job)) return;
+    if (slotmigEnded(job) || job->state == SLOTMIG_TAKEN) return;
     if (job->state == SLOTMIG_PREPARED) {
+        if (t->holding && mstime() - t->prepared_at > server.cluster_node_timeout) {
+            t->holding = 0;         /* better sent back than kept waiting for ever */
+            unblockPostponedClients();
+        }
         askSource(job);
         return;
     }
+    startLoaderThread(job);
+    if (slotmigEnded(job)) return;
     sds error = checkTarget(&job->slots,job->peer);
     if (error == NULL && server.maxmemory) error = checkMemory(0);
     if (error) {
@@ -715,6 +763,7 @@ void slotmigTargetFree(slotMigJob *job) {
     slotmigShadowDrop(t->shadow);
     freeQueues(t);
     freeClient(t->applier);
+    if (t->holding) unblockPostponedClients();
     zfree(t);
     job->tgt = NULL;
 }

@@ -1,0 +1,686 @@
+# slot_migration.tcl -- what the tests of slot migration share.
+#
+# Nodes are named by number, as R does: 0, 1, ... A test reaches a state by a
+# fail point, waits for it with wait_job_state, and compares whole states: every
+# key of the slots (slots_dump), the cluster as each node sees it
+# (wait_cluster_agrees), what a node holds of the system (wait_no_leftovers).
+#
+# Run as a program it is the writer of start_writers.
+
+# ---- keys of a given slot ----
+
+# The shortest string of each slot, from the table that redis-cli uses.
+proc slot_tag {slot} {
+    if {![info exists ::slot_tags]} {
+        set fd [open src/crc16_slottable.h]
+        set text [read $fd]
+        close $fd
+        set ::slot_tags {}
+        regexp {crc16_slot_table\[\] = \{(.*)\}} $text -> text
+        foreach {- tag} [regexp -all -inline {"(\w+)"} $text] {lappend ::slot_tags $tag}
+    }
+    lindex $::slot_tags $slot
+}
+
+proc key_in {slot name} {
+    return "{[slot_tag $slot]}$name"
+}
+
+# The slots of ranges "first last first last ...".
+proc slots_of {ranges} {
+    set slots {}
+    foreach {first last} $ranges {
+        for {set j $first} {$j <= $last} {incr j} {lappend slots $j}
+    }
+    return $slots
+}
+
+# ---- nodes ----
+
+proc node_id {n} {
+    R $n cluster myid
+}
+
+proc node_port {n} {
+    srv -$n port
+}
+
+# A connection of its own to node n.
+proc connect {n} {
+    redis_client -$n
+}
+
+# Run one command on an internal connection to node n.
+proc internal {n args} {
+    set c [connect $n]
+    $c debug mark-internal-client
+    set failed [catch {$c {*}$args} reply]
+    $c close
+    if {$failed} {error $reply}
+    return $reply
+}
+
+proc failpoint {n name action} {
+    assert_equal OK [internal $n cluster slotmig failpoint $name $action]
+}
+
+set ::failpoint_names {
+    source_before_attach source_before_fork source_in_child source_before_cut source_fenced
+    source_before_commit source_after_commit source_before_trim
+    target_before_accept target_before_attach target_before_load target_before_section
+    target_before_apply target_before_prepared target_prepared target_before_takeover
+    target_after_takeover
+}
+
+proc failpoints_off {n} {
+    foreach name $::failpoint_names {failpoint $n $name off}
+}
+
+# ---- jobs ----
+
+# Start a job at node `from`; its id.
+proc migrate {from to args} {
+    set ids [R $from cluster migrate-slots slotsrange {*}$args node [node_id $to]]
+    assert_equal 1 [llength $ids]
+    lindex $ids 0
+}
+
+proc job {n id} {
+    lindex [R $n cluster slot-migrations id $id] 0
+}
+
+proc job_field {n id field} {
+    dict get [job $n $id] $field
+}
+
+proc job_ended {state} {
+    expr {$state in {done failed cancelled}}
+}
+
+# Wait until the job is in one of the states; which. Fails at once if it ends
+# in another one.
+proc wait_job_state {n id states} {
+    set tries 3000
+    while {[incr tries -1] >= 0} {
+        set job [job $n $id]
+        set state [dict get $job state]
+        if {$state in $states} {return $state}
+        if {[job_ended $state]} break
+        after 10
+    }
+    fail "job $id at node $n is '$state', expected '$states': $job"
+}
+
+# Wait until the move is over on both nodes and known by all.
+proc wait_migrated {from to id} {
+    wait_job_state $from $id done
+    wait_job_state $to $id done
+    wait_cluster_agrees
+}
+
+proc move_slots {from to args} {
+    set id [migrate $from $to {*}$args]
+    wait_migrated $from $to $id
+    return $id
+}
+
+# ---- the cluster as the nodes see it ----
+
+# CLUSTER NODES without what differs from node to node by its nature.
+proc cluster_view {n} {
+    set view {}
+    foreach node [get_cluster_nodes $n] {
+        set flags [lsearch -all -inline -not -exact [dict get $node flags] myself]
+        lappend view [list [dict get $node id] [lindex [split [dict get $node addr] ,] 0] $flags \
+            [dict get $node slaveof] [dict get $node config_epoch] [dict get $node slots]]
+    }
+    lsort $view
+}
+
+proc cluster_agrees {} {
+    set first [cluster_view 0]
+    for {set n 1} {$n < [llength $::servers]} {incr n} {
+        if {[cluster_view $n] ne $first} {return 0}
+    }
+    return 1
+}
+
+proc wait_cluster_agrees {} {
+    wait_for_condition 1000 10 {[cluster_agrees]} else {
+        set views {}
+        for {set n 0} {$n < [llength $::servers]} {incr n} {append views "\nnode $n: [cluster_view $n]"}
+        fail "the nodes do not agree about the cluster:$views"
+    }
+    wait_for_cluster_state ok
+}
+
+# The number of the node that serves the slot, as node n sees it.
+proc slot_owner {n slot} {
+    foreach range [R $n cluster slots] {
+        if {$slot < [lindex $range 0] || $slot > [lindex $range 1]} continue
+        set id [lindex $range 2 2]
+        for {set j 0} {$j < [llength $::servers]} {incr j} {
+            if {[node_id $j] eq $id} {return $j}
+        }
+        return $id
+    }
+    return -1
+}
+
+proc wait_slot_owner {n slot owner} {
+    wait_for_condition 1000 10 {[slot_owner $n $slot] == $owner} else {
+        fail "node $n sees slot $slot at node [slot_owner $n $slot], expected $owner"
+    }
+}
+
+# ---- keys ----
+
+proc keys_in_slots {n slots} {
+    set rd [redis_deferring_client -$n]
+    foreach slot $slots {$rd cluster getkeysinslot $slot 1000000}
+    set keys {}
+    foreach slot $slots {lappend keys {*}[$rd read]}
+    $rd close
+    lsort $keys
+}
+
+# Everything about the keys of the slots at node n: a dict of key to {type
+# encoding expiry digest more...}. With "freq" also its LFU counter. Reads go
+# to the node's own data (DEBUG, OBJECT), so it is for the slots' owner.
+proc slots_dump {n slots {freq ""}} {
+    set keys [keys_in_slots $n $slots]
+    set rd [redis_deferring_client -$n]
+    $rd client no-touch on; $rd read
+    set dump {}
+    for {set at 0} {$at < [llength $keys]} {incr at 1000} {
+        set some [lrange $keys $at [expr {$at+999}]]
+        foreach key $some {
+            $rd type $key
+            $rd object encoding $key
+            $rd pexpiretime $key
+            $rd debug digest-value $key
+            if {$freq ne ""} {$rd object $freq $key}
+        }
+        foreach key $some {
+            set about {}
+            for {set i 0} {$i < 4 + ($freq ne "")} {incr i} {lappend about [$rd read]}
+            # Which of the two a short string has depends on how it was made.
+            if {[lindex $about 1] eq "embstr"} {lset about 1 raw}
+            dict set dump $key $about
+        }
+    }
+    foreach key $keys {
+        switch [lindex [dict get $dump $key] 0] {
+            hash {
+                $rd hkeys $key
+                set fields [lsort [$rd read]]
+                # An expired field is counted, but not shown any more.
+                $rd hlen $key
+                $rd read
+                if {[llength $fields] == 0} continue
+                $rd hpexpiretime $key fields [llength $fields] {*}$fields
+                dict lappend dump $key $fields [$rd read]
+            }
+            stream {
+                $rd xinfo stream $key full count 0
+                set info [$rd read]
+                dict unset info radix-tree-keys
+                dict unset info radix-tree-nodes
+                dict lappend dump $key $info
+            }
+            vectorset {
+                $rd vinfo $key
+                set info [$rd read]
+                foreach field {hnsw-max-node-uid vset-uid} {dict unset info $field}
+                dict lappend dump $key $info
+                $rd vrandmember $key 100000
+                foreach member [lsort [$rd read]] {
+                    $rd vemb $key $member raw
+                    $rd vgetattr $key $member
+                    dict lappend dump $key $member [$rd read] [$rd read]
+                }
+            }
+        }
+    }
+    $rd close
+    return $dump
+}
+
+# 0: equal. The first difference is in the message otherwise.
+proc assert_same_dump {expected actual} {
+    dict for {key about} $expected {
+        if {![dict exists $actual $key]} {fail "key $key is missing ([string range $about 0 200])"}
+        if {[dict get $actual $key] ne $about} {
+            fail "key $key differs:\nexpected [string range $about 0 1500]\nis       [string range [dict get $actual $key] 0 1500]"
+        }
+    }
+    dict for {key about} $actual {
+        if {![dict exists $expected $key]} {fail "key $key is there, expected none ([string range $about 0 200])"}
+    }
+}
+
+# Keys, expires and bytes as the node counts them.
+proc keyspace {n} {
+    expr {[regexp {db0:(\S+)} [R $n info keyspace] -> line] ? $line : ""}
+}
+
+proc keyspace_field {n field} {
+    expr {[regexp "$field=(\\d+)" [keyspace $n] -> value] ? $value : 0}
+}
+
+# What every test starts with, whatever the one before it left: no jobs, no fail
+# points, no keys, and the slots where they were when the cluster was made.
+proc fresh {} {
+    set all [llength $::servers]
+    for {set n 0} {$n < $all} {incr n} {
+        if {![is_alive [node_pid $n]]} {start_node_again $n}
+        failpoints_off $n
+        R $n debug set-active-expire 1
+        R $n cluster cancel-slot-migrations all
+    }
+    for {set n 0} {$n < $all} {incr n} {
+        wait_for_condition 1000 10 {[jobs_running $n] == 0} else {
+            fail "node $n has jobs that do not end: [R $n cluster slot-migrations]"
+        }
+    }
+    wait_cluster_agrees
+    flush_all_nodes
+    set avg [expr {16384.0/$all}]
+    for {set n 0} {$n < $all} {incr n} {
+        set first [expr {int(ceil($n*$avg))}]
+        set last [expr {int(ceil(($n+1)*$avg)-1)}]
+        foreach range [R 0 cluster slots] {
+            set from [slot_owner 0 [lindex $range 0]]
+            if {$from == $n || [lindex $range 1] < $first || [lindex $range 0] > $last} continue
+            move_slots $from $n [expr {max($first,[lindex $range 0])}] [expr {min($last,[lindex $range 1])}]
+        }
+    }
+}
+
+proc jobs_running {n} {
+    expr {[CI $n cluster_slot_migrations_exporting] + [CI $n cluster_slot_migrations_importing]}
+}
+
+proc flush_all_nodes {} {
+    for {set n 0} {$n < [llength $::servers]} {incr n} {
+        R $n flushall
+        wait_lazyfree_done [Rn $n]
+    }
+}
+
+# ---- what a node holds of the system ----
+
+proc node_pid {n} {
+    srv -$n pid
+}
+
+proc node_fds {n} {
+    llength [glob -nocomplain /proc/[node_pid $n]/fd/*]
+}
+
+proc node_children {n} {
+    set fd [open /proc/[node_pid $n]/task/[node_pid $n]/children]
+    set children [string trim [read $fd]]
+    close $fd
+    return $children
+}
+
+# Threads by name, without those that jemalloc starts when it likes.
+proc node_threads {n} {
+    set names {}
+    foreach task [glob -nocomplain /proc/[node_pid $n]/task/*] {
+        if {[catch {open $task/comm} fd]} continue
+        set name [string trim [read $fd]]
+        close $fd
+        if {![string match jemalloc* $name]} {lappend names $name}
+    }
+    lsort $names
+}
+
+# To be taken at rest, and compared with by wait_no_leftovers.
+proc footprint {n} {
+    dict create fds [node_fds $n] children [node_children $n] threads [node_threads $n] \
+        memory [status [Rn $n] used_memory]
+}
+
+set ::memory_margin 1500000
+
+proc leftovers {n before} {
+    set now [footprint $n]
+    set wrong {}
+    foreach what {children threads} {
+        if {[dict get $now $what] ne [dict get $before $what]} {lappend wrong "$what: [dict get $now $what], were [dict get $before $what]"}
+    }
+    if {[dict get $now fds] > [dict get $before fds]} {lappend wrong "descriptors: [dict get $now fds], were [dict get $before fds]"}
+    if {[dict get $now memory] > [dict get $before memory] + $::memory_margin} {
+        lappend wrong "memory: [dict get $now memory], was [dict get $before memory]"
+    }
+    return $wrong
+}
+
+proc wait_no_leftovers {n before} {
+    wait_for_condition 500 20 {[leftovers $n $before] eq ""} else {
+        fail "node $n has leftovers: [leftovers $n $before]"
+    }
+}
+
+# ---- restarts ----
+
+# Node n died or is to be killed: start it again and connect to it.
+proc kill_node {n} {
+    catch {exec kill -9 [node_pid $n]}
+    wait_for_condition 500 10 {![is_alive [node_pid $n]]} else {fail "node $n does not die"}
+}
+
+proc wait_node_dead {n} {
+    wait_for_condition 1000 10 {![is_alive [node_pid $n]]} else {fail "node $n is alive, expected it to be dead"}
+}
+
+proc start_node_again {n} {
+    restart_server -$n true false
+}
+
+# ---- one key of each kind ----
+
+# Every core type in every encoding, in this slot. `big`: values of megabytes too.
+proc fill_all_types {n slot {big 0}} {
+    set r [Rn $n]
+    foreach {name command} {
+        str:int   {set % 12345}
+        str:emb   {set % short}
+        str:empty {set % ""}
+        str:ttl   {set % x px 100000000}
+        geo       {geoadd % 13.361389 38.115556 Palermo 15.087269 37.502669 Catania}
+        bitmap    {setbit % 100001 1}
+        hll       {pfadd % a b c d e f g}
+        set:int   {sadd % 1 2 3 70000 5000000000}
+        set:lp    {sadd % a b c}
+        zset:lp   {zadd % 1 a 2.5 b -inf c +inf d}
+        hash:lp   {hset % f1 v1 f2 2 f3 ""}
+        list:lp   {rpush % a 1 -3 b}
+        list:ttl  {rpush % a}
+        hash:ttl  {hset % f v}
+    } {
+        $r {*}[lreplace $command 1 1 [key_in $slot $name]]
+    }
+    $r set [key_in $slot str:raw] [string repeat raw 100]
+    $r set [key_in $slot str:binary] "\x00\r\n\xff$\x80"
+    $r pexpire [key_in $slot list:ttl] 200000000
+    $r expire [key_in $slot hash:ttl] 300000
+
+    set k [key_in $slot hash:ht]
+    for {set i 0} {$i < 600} {incr i} {lappend fv f$i [string repeat v [expr {$i%80}]]}
+    $r hset $k {*}$fv
+    $r hset [key_in $slot hash:lpttl] a 1 b 2 c 3
+    $r hpexpire [key_in $slot hash:lpttl] 500000000 fields 2 a b
+    $r hset [key_in $slot hash:htttl] {*}$fv
+    for {set i 0} {$i < 600} {incr i 3} {
+        $r hpexpireat [key_in $slot hash:htttl] [expr {4000000000000+$i*1000}] fields 1 f$i
+    }
+
+    for {set i 0} {$i < 3000} {incr i} {lappend elements element:$i}
+    $r rpush [key_in $slot list:ql] {*}$elements
+    $r rpush [key_in $slot list:plain] small [string repeat p 20000] end
+    for {set i 0} {$i < 700} {incr i} {lappend ints [expr {$i*7}]; lappend strs m$i; lappend scored [expr {$i/3.0}] m$i}
+    $r sadd [key_in $slot set:int2] {*}[lrange $ints 0 300]
+    $r sadd [key_in $slot set:ht] {*}$strs
+    $r zadd [key_in $slot zset:sl] {*}$scored
+    for {set i 0} {$i < 3000} {incr i} {lappend hll h$i}
+    $r pfadd [key_in $slot hll:dense] {*}$hll
+    $r pfcount [key_in $slot hll:dense]
+
+    set k [key_in $slot stream]
+    for {set i 1} {$i <= 250} {incr i} {$r xadd $k $i-1 field $i other value$i}
+    $r xgroup create $k g1 0 entriesread 0
+    $r xgroup create $k g2 100-1
+    $r xgroup create $k empty $
+    $r xgroup createconsumer $k g1 idle
+    $r xreadgroup group g1 alice count 10 streams $k >
+    $r xreadgroup group g1 bob count 5 streams $k >
+    $r xreadgroup group g2 carol count 3 streams $k >
+    $r xack $k g1 1-1 2-1
+    $r xclaim $k g1 bob 0 3-1 retrycount 7
+    $r xdel $k 4-1 20-1 250-1
+    $r xtrim $k minid 2-0
+    $r xadd [key_in $slot stream:empty] 5-5 a b
+    $r xdel [key_in $slot stream:empty] 5-5
+    $r xsetid [key_in $slot stream:empty] 9-9 entriesadded 100 maxdeletedid 7-7
+
+    foreach {quant option} {q8 q8 f32 noquant bin bin} {
+        set k [key_in $slot vset:$quant]
+        for {set i 0} {$i < 20} {incr i} {
+            $r vadd $k values 3 [expr {$i/20.0}] [expr {1-$i/30.0}] 0.5 e$i $option
+        }
+        $r vsetattr $k e3 {{"year": 1999}}
+        $r vrem $k e5
+    }
+    if {$big} {
+        $r set [key_in $slot big:str] [string repeat 0123456789abcdef 327680]
+        $r append [key_in $slot big:str] tail
+        $r rpush [key_in $slot big:list] [string repeat z 2000000] [string repeat y 100]
+        set many {}
+        for {set i 0} {$i < 20000} {incr i} {lappend many field:$i value:$i}
+        $r hset [key_in $slot big:hash] {*}$many
+        $r sadd [key_in $slot big:set] {*}$many
+    }
+}
+
+# `count` plain strings over the slots, written through one connection.
+proc fill_strings {n slots count {size 20}} {
+    set rd [redis_deferring_client -$n]
+    set value [string repeat v $size]
+    set waiting 0
+    for {set i 0} {$i < $count} {incr i} {
+        $rd set [key_in [lindex $slots [expr {$i % [llength $slots]}]] k$i] $value:$i
+        if {[incr waiting] == 500} {
+            while {$waiting} {$rd read; incr waiting -1}
+        }
+    }
+    while {$waiting} {$rd read; incr waiting -1}
+    $rd close
+}
+
+# ---- writers whose acknowledged writes are counted ----
+
+# Start `count` processes that write to keys of these slots, each to its own
+# keys, and follow redirections. A handle for stop_writers.
+proc start_writers {count slots} {
+    set tags {}
+    foreach slot $slots {lappend tags [slot_tag $slot]}
+    set ports {}
+    for {set n 0} {$n < [llength $::servers]} {incr n} {lappend ports [node_port $n]}
+    set handle {}
+    for {set i 0} {$i < $count} {incr i} {
+        set file [tmpfile writer]
+        set pid [exec [info nameofexecutable] tests/support/slot_migration.tcl $file [pid] $i $::tls $ports $tags >& $file.log &]
+        lappend handle [list $pid $file]
+    }
+    foreach writer $handle {
+        wait_for_condition 500 10 {[file exists [lindex $writer 1].running]} else {fail "the writer did not start"}
+    }
+    return $handle
+}
+
+# How many writes the writers have had acknowledged so far.
+proc writers_acked {handle} {
+    set sum 0
+    foreach writer $handle {incr sum [file size [lindex $writer 1].running]}
+    return $sum
+}
+
+# Wait until each writer has had more writes acknowledged, by default 50.
+proc wait_writers_go_on {handle {more 50}} {
+    foreach writer $handle {
+        set file [lindex $writer 1].running
+        set before [file size $file]
+        wait_for_condition 1500 10 {[file size $file] >= $before + $more} else {
+            fail "a writer does not get on: [exec cat [lindex $writer 1].log]"
+        }
+    }
+}
+
+# End them, and look at the nodes for what they wrote: each counter must be at
+# least what was acknowledged and at most what was attempted, each list must
+# have every acknowledged element in its order. What the writers saw, added up:
+# acked, moved, ask, tryagain, errors, twice (slots whose client was redirected
+# more than once in a row).
+proc stop_writers {handle} {
+    set seen {acked 0 moved 0 ask 0 tryagain 0 errors {} twice 0}
+    foreach writer $handle {
+        lassign $writer pid file
+        close [open $file.stop w]
+        wait_for_condition 1500 10 {[file exists $file]} else {
+            fail "the writer does not end: [exec cat $file.log]"
+        }
+        set fd [open $file]
+        set result [read $fd]
+        close $fd
+        foreach what {acked moved ask tryagain twice} {dict incr seen $what [dict get $result $what]}
+        dict lappend seen errors {*}[dict get $result errors]
+        verify_writes [dict get $result keys]
+    }
+    return $seen
+}
+
+proc verify_writes {keys} {
+    dict for {key about} $keys {
+        set r [Rn [slot_owner 0 [R 0 cluster keyslot $key]]]
+        if {[string match *:counter $key]} {
+            lassign $about acked attempted
+            set value [$r get $key]
+            if {$value eq ""} {set value 0}
+            if {$value < $acked || $value > $attempted} {
+                fail "lost writes: $key is $value, acknowledged $acked, attempted $attempted"
+            }
+        } else {
+            set at -1
+            set elements [$r lrange $key 0 -1]
+            foreach acked $about {
+                set next [lsearch -exact -start [expr {$at+1}] $elements $acked]
+                if {$next == -1} {fail "lost writes: $acked was acknowledged, but $key does not have it in its place"}
+                set at $next
+            }
+        }
+    }
+}
+
+# ---- a node of upstream's ----
+
+# Run the body with an unpatched node that is a member of the cluster. In the
+# body, $vanilla is a client of it.
+proc with_vanilla_node {body} {
+    upvar vanilla vanilla
+    set program ../vanilla/src/redis-server
+    if {![file executable $program]} {
+        fail "no unpatched server at [file normalize $program]: run make vanilla"
+    }
+    set port [find_available_port $::baseport $::portcount]
+    set dir [tmpdir vanilla]
+    set pid [exec $program --port $port --dir $dir --cluster-enabled yes --cluster-node-timeout 3000 \
+        --cluster-ping-interval 100 --enable-debug-command yes --save "" --logfile $dir/log &]
+    send_data_packet $::test_server_fd server-spawned $pid
+    set failed [catch {
+        wait_for_condition 200 20 {![catch {set vanilla [redis 127.0.0.1 $port]; $vanilla ping}]} else {
+            fail "the unpatched server does not start"
+        }
+        R 0 cluster meet 127.0.0.1 $port
+        set id [$vanilla cluster myid]
+        set all [expr {[llength $::servers]+1}]
+        wait_for_condition 500 20 {[vanilla_is_known $vanilla $id $all]} else {
+            fail "the unpatched server does not join the cluster"
+        }
+        uplevel 1 $body
+    } error options]
+    catch {
+        for {set n 0} {$n < [llength $::servers]} {incr n} {R $n cluster forget $id}
+    }
+    catch {$vanilla close}
+    catch {exec kill -9 $pid}
+    send_data_packet $::test_server_fd server-killed $pid
+    if {$failed} {return -options $options $error}
+}
+
+proc vanilla_is_known {vanilla id all} {
+    for {set n 0} {$n < [llength $::servers]} {incr n} {
+        if {![string match "*$id*connected*" [R $n cluster nodes]]} {return 0}
+        if {[string match "*handshake*" [R $n cluster nodes]]} {return 0}
+    }
+    expr {[getInfoProperty [$vanilla cluster info] cluster_known_nodes] == $all &&
+          [getInfoProperty [$vanilla cluster info] cluster_state] eq "ok"}
+}
+
+# ---- the writer's program ----
+
+# argv: result file, parent's pid, number, tls, ports, tags. It writes a byte per
+# acknowledged write to FILE.running until FILE.stop exists (or its parent is
+# gone), then the result, as a dict, to FILE.
+proc writer_main {file parent number tls ports tags} {
+    source tests/support/redis.tcl
+    set ::tlsdir tests/tls
+    set running [open $file.running w]
+    fconfigure $running -buffering none
+    set at [lindex $ports 0]
+    set keys {}
+    set owner {}
+    set seen {acked 0 moved 0 ask 0 tryagain 0 errors {} twice 0}
+    for {set i 0} {![file exists $file.stop] && [file exists /proc/$parent]} {incr i} {
+        set tag [lindex $tags [expr {$i/2 % [llength $tags]}]]
+        set key "{$tag}writer:$number:[expr {$i%2 ? {list} : {counter}}]"
+        set port [expr {[dict exists $owner $tag] ? [dict get $owner $tag] : $at}]
+        if {$i%2} {
+            set command [list rpush $key $i]
+        } else {
+            if {![dict exists $keys $key]} {dict set keys $key {0 0}}
+            dict set keys $key [list [lindex [dict get $keys $key] 0] [expr {[lindex [dict get $keys $key] 1]+1}]]
+            set command [list incr $key]
+        }
+        set redirected 0
+        while {![file exists $file.stop] || $redirected} {
+            if {[catch {
+                if {![info exists conn($port)]} {set conn($port) [redis 127.0.0.1 $port 0 $tls]}
+                $conn($port) {*}$command
+            } reply]} {
+                switch -glob $reply {
+                    "MOVED *" {
+                        dict incr seen moved
+                        if {[incr redirected] > 1} {dict incr seen twice}
+                        set port [lindex [split [lindex $reply 2] :] end]
+                        dict set owner $tag $port
+                        if {$redirected < 50} continue
+                        dict lappend seen errors "redirected $redirected times"
+                    }
+                    "ASK *" {dict incr seen ask}
+                    "TRYAGAIN*" {dict incr seen tryagain}
+                    default {
+                        # A node that died: the write is in doubt, the next may succeed.
+                        dict lappend seen errors $reply
+                        catch {$conn($port) close}
+                        unset -nocomplain conn($port)
+                        dict unset owner $tag
+                        set at [lindex $ports [expr {int(rand()*[llength $ports])}]]
+                        after 20
+                    }
+                }
+                break
+            }
+            dict incr seen acked
+            if {$i%2} {
+                dict lappend keys $key $i
+            } else {
+                dict set keys $key [list [expr {[lindex [dict get $keys $key] 0]+1}] [lindex [dict get $keys $key] 1]]
+            }
+            puts -nonewline $running .
+            break
+        }
+    }
+    dict set seen keys $keys
+    set fd [open $file.tmp w]
+    puts -nonewline $fd $seen
+    close $fd
+    file rename $file.tmp $file
+}
+
+if {[file tail $::argv0] eq "slot_migration.tcl"} {
+    writer_main {*}$argv
+    exit
+}
