@@ -715,7 +715,12 @@ static void askDone(connection *conn, const char *line, const char *error, void 
     job->src->ask = NULL;
     job->src->next_ask = mstime()+ASK_PERIOD;
     if (conn) connClose(conn);
-    if (error) slotmigSetReason(job,"committed; asking the target whether it took over: %s",error);
+    if (slotmigCancellable(job)) {
+        /* It accepted, but does not come: does it still want to? */
+        if (error == NULL && !strncmp(line,"+DISCARDED",10))
+            slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target gave up:%s",line+10));
+    }
+    else if (error) slotmigSetReason(job,"committed; asking the target whether it took over: %s",error);
     else if (sscanf(line,"+TAKEN %llu",&epoch) == 1) handOffDone(job,epoch);
     else if (!strncmp(line,"+DISCARDED",10)) takeBack(job,"it had lost the job");
     else if (!strncmp(line,"+OWNER",6))
@@ -730,7 +735,7 @@ static void askDone(connection *conn, const char *line, const char *error, void 
 static void askTarget(slotMigJob *job) {
     clusterNode *target = slotmigPeer(job);
     if (job->src->ask || mstime() < job->src->next_ask) return;
-    if (job->src->stream && mstime() - job->state_since < ASK_ANYWAY) return;
+    if (mstime() - job->state_since < (job->src->stream || slotmigCancellable(job) ? ASK_ANYWAY : 0)) return;
     if (target == NULL) {
         slotmigSetReason(job,"committed; the target was forgotten: CLUSTER MEET it again");
         return;
@@ -867,6 +872,8 @@ void slotmigSourceStep(slotMigJob *job) {
         if (!s->stream || !s->snapshot) {
             if (mstime() - job->state_since > server.repl_timeout*1000LL)
                 slotmigFail(job,SLOTMIG_FAILED,sdsnew("the target did not connect within repl-timeout"));
+            else
+                askTarget(job);
         } else if (hasActiveChildProcess()) {
             slotmigSetReason(job,"another child process runs (%s)",strChildType(server.child_type));
         } else {

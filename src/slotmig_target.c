@@ -202,15 +202,17 @@ static struct redisCommand *streamCommand(robj **argv, int argc) {
 }
 
 /* COPY a b DB 0 would select database 0 of the server, not the shadow. */
-static int withoutDbOption(robj **argv, int argc) {
-    for (int i = 3; i+1 < argc; i++) {
-        if (strcasecmp(argv[i]->ptr,"db")) continue;
-        decrRefCount(argv[i]);
-        decrRefCount(argv[i+1]);
-        for (int j = i+2; j < argc; j++) argv[j-2] = argv[j];
-        return argc-2;
+static int withoutDbOptions(robj **argv, int argc) {
+    int to = 3;
+    for (int i = 3; i < argc; i++) {
+        if (i+1 < argc && !strcasecmp(argv[i]->ptr,"db")) {
+            decrRefCount(argv[i++]);
+            decrRefCount(argv[i]);
+        } else {
+            argv[to++] = argv[i];
+        }
     }
-    return argc;
+    return to;
 }
 
 /* Run one command in the shadow. Takes the references in argv. NULL: done, else
@@ -225,7 +227,7 @@ static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
         for (int i = 0; i < argc; i++) decrRefCount(argv[i]);
         return error;
     }
-    if (cmd->proc == copyCommand) argc = withoutDbOption(argv,argc);
+    if (cmd->proc == copyCommand) argc = withoutDbOptions(argv,argc);
     c->argv = zmalloc(sizeof(robj*)*argc);
     memcpy(c->argv,argv,sizeof(robj*)*argc);
     c->argc = c->argv_len = argc;
@@ -653,7 +655,7 @@ sds slotmigTargetAnswer(slotMigJob *job) {
         if (job->state == SLOTMIG_PREPARED) job->tgt->ask_anyway = 1;
         return sdsnew("PENDING");
     }
-    return sdsnew("DISCARDED");
+    return sdsmapchars(sdscatfmt(sdsempty(),"DISCARDED %S",job->last_error),"\r\n","  ",2);
 }
 
 /* ---- what comes from outside ---- */
