@@ -59,6 +59,10 @@ int slotmigKeepsLostSlot(int slot);                  /* 1: the job trims it, do 
 int slotmigKeepsMaster(void);                        /* 1: its last slot is gone, but the hand-off is not over */
 void slotmigBeforeEpochRaise(void);                  /* our claim must not win closed slots back */
 void slotmigClusterReset(void);
+char *slotmigSaveVars(char *conf);                   /* sds in, sds out: our variables for nodes.conf */
+int slotmigLoadVar(const char *name, const char *value); /* 1: it was ours */
+void slotmigSlotIsOurs(int slot);
+int slotmigDropsGivenSlot(int slot);                 /* 1: its keys were an old file's, they are gone now */
 
 /* ---- the key space ---- */
 void slotmigFlushed(struct redisDb *dbarray, int dbnum); /* before db `dbnum` (-1: all) is emptied */

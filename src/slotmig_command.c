@@ -380,10 +380,13 @@ static void cancelJob(slotMigJob *job) {
     slotmigFail(job,SLOTMIG_CANCELLED,sdsnew("cancelled by command"));
 }
 
-static void cancelIfPossible(slotMigJob *job, void *n) {
-    if (!slotmigCancellable(job)) return;
-    cancelJob(job);
-    (*(long long*)n)++;
+static void countCancellable(slotMigJob *job, void *n) {
+    if (slotmigCancellable(job)) (*(long long*)n)++;
+}
+
+static void cancelIfPossible(slotMigJob *job, void *unused) {
+    UNUSED(unused);
+    if (slotmigCancellable(job)) cancelJob(job);
 }
 
 static void cancelSlotMigrations(client *c) {
@@ -412,7 +415,8 @@ static void cancelSlotMigrations(client *c) {
         return;
     }
     long long n = 0;
-    slotmigEachJob(cancelIfPossible,&n);
+    slotmigEachJob(countCancellable,&n);    /* ending one may end another */
+    slotmigEachJob(cancelIfPossible,NULL);
     addReplyLongLong(c,n);
 }
 

@@ -28,7 +28,7 @@ void keepClientInMainThread(client *c);     /* iothread.c */
 #define READ_CHUNK (64*1024)
 #define READ_TURN (64*1024)             /* taken from a link in one turn of the event loop: applying it stays under about a millisecond */
 #define READ_LARGE (1024*1024)          /* at once, when a single frame is larger than a chunk */
-#define ALIVE_PERIOD 1000               /* ms without a word after which we send ALIVE */
+#define ALIVE_PERIOD 200                /* ms without a word after which we send ALIVE */
 #define ANSWER_MAX (64*1024)            /* of an answer to a dial */
 
 /* ---- frames ---- */

@@ -66,6 +66,7 @@ struct slotMigSource {
     int complete;                   /* the target has all of it */
     long long point;                /* stream offset of the snapshot */
     int wrote;                      /* something wrote to the slots behind the cut */
+    sds held_prepared;              /* PREPARED, held by a fail point */
     sds doomed;                     /* what the feed found; it must not end a job itself */
     monotime fenced_at;
     mstime_t next_attempt;
@@ -582,10 +583,14 @@ static void commit(slotMigJob *job) {
 
 static void prepared(slotMigJob *job, frameReader *r) {
     slotMigSource *s = job->src;
+    if (slotmigFailPoint(FP_source_before_commit) == FAILPOINT_PAUSE) {
+        sdsfree(s->held_prepared);
+        s->held_prepared = sdsnewlen(r->p,r->end-r->p);
+        return;
+    }
     uint64_t n = frameGetInt(r,8);
     uint64_t epoch = frameGetInt(r,8);
     if (r->bad || job->state != SLOTMIG_FENCED || n != job->attempt) return;  /* of a discarded attempt */
-    if (slotmigFailPoint(FP_source_before_commit) == FAILPOINT_PAUSE) return;
     if (slotmigFailPoint(FP_source_before_commit) == FAILPOINT_FAIL) {
         discardAttempt(job,"fail point source_before_commit");
         return;
@@ -608,6 +613,62 @@ static void prepared(slotMigJob *job, frameReader *r) {
     job->epoch = epoch;
     if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
     commit(job);
+}
+
+static void releasePrepared(slotMigJob *job) {
+    sds held = job->src->held_prepared;
+    frameReader r = { (unsigned char*)held, (unsigned char*)held+sdslen(held), 0 };
+    job->src->held_prepared = NULL;
+    prepared(job,&r);
+    sdsfree(held);
+}
+
+/* ---- slots that were given away ---- */
+
+/* After a hand-off a file of before it may still hold the slots' keys. nodes.conf
+ * remembers the slots in a variable, `slotmig-given 3-10,20`, until they are ours
+ * again, so that a restart drops such keys instead of keeping them for ever in
+ * upstream's importing state. Another server skips the variable. */
+static slotSet given;
+
+sds slotmigSaveVars(sds conf) {
+    if (given.count == 0) return conf;
+    sds ranges = sdsmapchars(slotSetToString(&given)," ",",",1);
+    sdsIncrLen(conf,-1);    /* behind upstream's variables, on the same line */
+    conf = sdscatfmt(conf," slotmig-given %S\n",ranges);
+    sdsfree(ranges);
+    return conf;
+}
+
+int slotmigLoadVar(const char *name, const char *value) {
+    if (strcasecmp(name,"slotmig-given")) return 0;
+    const char *p = value;
+    while (*p) {
+        char *end;
+        long first = strtol(p,&end,10), last = first;
+        if (*end == '-') last = strtol(end+1,&end,10);
+        if (end == p || first < 0 || last >= CLUSTER_SLOTS || (*end && *end != ',')) break;
+        for (long j = first; j <= last; j++) slotSetAdd(&given,j);
+        p = *end ? end+1 : end;
+    }
+    return 1;
+}
+
+void slotmigSlotIsOurs(int slot) {
+    slotSetRemove(&given,slot);
+}
+
+int slotmigDropsGivenSlot(int slot) {
+    unsigned long long cursor = 0;
+    clusterNode *owner = server.cluster->slots[slot];
+    if (!slotSetHas(&given,slot) || owner == NULL || owner == server.cluster->myself) return 0;
+    slotmigUnlinkFieldExpiry(slot,&cursor,UINT64_MAX);
+    slotMigLimbo *limbo = slotmigLimboCreate();
+    unsigned long long keys = slotmigLimboTake(limbo,slot);
+    slotmigLimboFree(limbo);
+    serverLog(LL_NOTICE,"Dropped %llu keys of slot %d, which this node handed over to node %.40s before it was restarted",
+        keys,slot,owner->name);
+    return 1;
 }
 
 /* ---- COMMITTED ---- */
@@ -654,9 +715,13 @@ static void handOffDone(slotMigJob *job, uint64_t epoch) {
         if (target && target->configEpoch < epoch) target->configEpoch = epoch;
         for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
             clusterNode *owner = server.cluster->slots[j];
-            if (owner && owner != myself) continue;
+            if (owner && owner != myself) {
+                slotSetAdd(&given,j);
+                continue;
+            }
             if (owner) clusterDelSlot(j);
             if (target) clusterAddSlot(target,j);
+            slotSetAdd(&given,j);
         }
         /* Not to the disk at once: the target's claim would tell us again. */
         clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE);
@@ -886,6 +951,8 @@ void slotmigSourceStep(slotMigJob *job) {
     case SLOTMIG_FENCED:
         if ((long long)(getMonotonicUs() - s->fenced_at) > slotmig_config.write_pause_timeout*1000)
             discardAttempt(job,"the target was not prepared within cluster-slot-migration-write-pause-timeout");
+        else if (s->held_prepared && !slotmigFailPoint(FP_source_before_commit))
+            releasePrepared(job);
         else if (mstime() - s->stream->last_read > SILENCE)
             discardAttempt(job,"the target fell silent during the hand-off");
         break;
@@ -924,6 +991,7 @@ void slotmigSourceFree(slotMigJob *job) {
         connClose(s->snapshot);
     }
     slotmigLimboFree(s->limbo);
+    sdsfree(s->held_prepared);
     sdsfree(s->doomed);
     zfree(s);
     job->src = NULL;

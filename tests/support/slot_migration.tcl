@@ -65,9 +65,9 @@ proc failpoint {n name action} {
 }
 
 set ::failpoint_names {
-    source_before_attach source_before_fork source_in_child source_before_cut source_fenced
+    source_before_attach source_before_fork source_in_child source_before_cut
     source_before_commit source_after_commit source_before_trim
-    target_before_accept target_before_attach target_before_load target_before_section
+    target_before_accept target_before_load target_before_section
     target_before_apply target_before_prepared target_prepared target_before_takeover
     target_after_takeover
 }
@@ -273,7 +273,7 @@ proc keyspace_field {n field} {
 proc fresh {} {
     set all [llength $::servers]
     for {set n 0} {$n < $all} {incr n} {
-        if {![is_alive [node_pid $n]]} {start_node_again $n}
+        if {[is_alive [node_pid $n]]} {exec kill -CONT [node_pid $n]} else {start_node_again $n}
         failpoints_off $n
         R $n debug set-active-expire 1
         R $n cluster cancel-slot-migrations all

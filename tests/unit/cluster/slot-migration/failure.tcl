@@ -179,6 +179,9 @@ start_cluster 3 0 {tags {external:skip cluster}} {
             failpoint $node $point pause
             set id [migrate 0 2 3 10]
             wait_job_state $at $id $state
+            if {$state eq "waiting"} {
+                wait_for_condition 500 10 {[job_field 2 $id reason] eq "waiting for the source's snapshot"} else {fail "[job 2 $id]"}
+            }
             assert_equal 1 [R $at cluster cancel-slot-migrations id $id]
             foreach n {0 2} {
                 wait_for_condition 500 10 {[job_ended [job_field $n $id state]]} else {fail "not cancelled: [job $n $id]"}
