@@ -19,7 +19,7 @@
  * as if nothing had been. A target ends its side by itself until PREPARED; from
  * there it waits for the source's word, and asks for it when the link is gone.
  * From COMMITTED on the source waits for the target's word, and asks. Whoever
- * does not know a job any more answers by the slot map (slotmig_target.c).
+ * does not know a job any more answers by the slot map (slotmig_command.c).
  * What this version leaves out of the whole protocol stands in src/README.md.
  *
  * A job's state changes in slotmigSetState() only. An ended job stays in the log

@@ -62,8 +62,6 @@ struct slotMigSource {
     connection *snapshot;
     uint64_t stream_client, snapshot_client;    /* whose connections we take over, 0: none */
     int child;                      /* pid, 0: none */
-    int sent;                       /* the child is done */
-    int complete;                   /* the target has all of it */
     long long point;                /* stream offset of the snapshot */
     int wrote;                      /* something wrote to the slots behind the cut */
     sds held_prepared;              /* PREPARED, held by a fail point */
@@ -414,7 +412,6 @@ static void childDone(int exitcode, int bysignal, void *data) {
     slotMigJob *job = data;
     slotMigSource *s = job->src;
     s->child = 0;
-    s->sent = 1;
     if (exitcode == 0 && bysignal == 0) return;
     slotmigFail(job,SLOTMIG_FAILED,bysignal ?
         sdscatprintf(sdsempty(),"the snapshot's child process was ended by signal %d",bysignal) :
@@ -861,7 +858,6 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
         job->stream_applied = applied;
         if (complete && job->state == SLOTMIG_SNAPSHOT) {
             job->bytes_total = bytes;
-            s->complete = 1;
             slotmigSetState(job,SLOTMIG_STREAMING,NULL);
         }
         slotmigJobStep(job);
