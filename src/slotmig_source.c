@@ -420,7 +420,10 @@ static void childDone(int exitcode, int bysignal, void *data) {
 
 static void startSnapshot(slotMigJob *job) {
     slotMigSource *s = job->src;
-    if (slotmigFailPoint(FP_source_before_fork) == FAILPOINT_PAUSE) return;
+    if (slotmigFailPoint(FP_source_before_fork) == FAILPOINT_PAUSE) {
+        slotmigSetReason(job,"paused before the fork");
+        return;
+    }
 
     /* Without replicas the replication offset only counts bytes when there is a
      * backlog, and a new backlog has a new history. */
@@ -847,7 +850,6 @@ static void trimStep(slotMigJob *job) {
 /* ---- what comes from outside ---- */
 
 static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
-    slotMigSource *s = job->src;
     switch (type) {
     case FRAME_ACK: {
         uint64_t keys = frameGetInt(r,8), bytes = frameGetInt(r,8), applied = frameGetInt(r,8);
@@ -963,6 +965,12 @@ void slotmigSourceStep(slotMigJob *job) {
     }
 }
 
+/* One that attached, but whose connection was not taken over yet. */
+static void releaseClient(uint64_t id) {
+    client *c = id ? slotmigBlockedClient(id) : NULL;
+    if (c) freeClientAsync(c);
+}
+
 void slotmigSourceFree(slotMigJob *job) {
     slotMigSource *s = job->src;
     /* The state is an ending one already: what it was before tells by what is up. */
@@ -976,6 +984,8 @@ void slotmigSourceFree(slotMigJob *job) {
         slotmigRequestAnswered(job,job->last_error);
     }
     slotmigDialCancel(s->ask);
+    releaseClient(s->stream_client);
+    releaseClient(s->snapshot_client);
     if (s->stream && job->last_error && sdslen(job->last_error)) {
         sds f = slotmigFrameInt(slotmigFrameStart(FRAME_ABORT),job->state == SLOTMIG_CANCELLED,1);
         slotmigLinkSend(s->stream,sdscatsds(f,job->last_error));

@@ -243,9 +243,8 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         R 0 set [key_in 9 huge] [string repeat x 60000000]
         set before [state_before]
         failpoint 0 source_before_fork pause
-        set fds [node_fds 0]
         set id [migrate 0 2 3 10]
-        wait_for_condition 500 10 {[node_fds 0] == $fds+2} else {fail "the target does not connect"}
+        wait_for_condition 500 10 {[job_field 0 $id reason] eq "paused before the fork"} else {fail "[job 0 $id]"}
         wait_for_condition 500 10 {[job_field 2 $id reason] eq "waiting for the source's snapshot"} else {fail "[job 2 $id]"}
         pause_process [node_pid 2]
         failpoint 0 source_before_fork off
