@@ -134,6 +134,10 @@ static void feedJob(slotMigJob *job, feedOp *ops, int n) {
         }
         f = frameCommand(f,ops+i);
         count++;
+        if (slotmigFailPoint(FP_source_repeats_command) == FAILPOINT_FAIL) {
+            f = frameCommand(f,ops+i);
+            count++;
+        }
         if (sdslen(f) > FRAME_MAX) {
             slotmigSourceDoom(job,sdscatprintf(sdsempty(),"a single command of %zu bytes, more than the stream takes",sdslen(f)));
             break;

@@ -263,6 +263,7 @@ typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRA
 #define SLOTMIG_FAILPOINTS(X) \
     X(source_before_attach) X(source_before_fork) X(source_in_child) X(source_before_cut) \
     X(source_before_commit) X(source_after_commit) X(source_before_trim) \
+    X(source_damages_section) X(source_repeats_command) \
     X(target_before_accept) X(target_before_load) X(target_before_section) X(target_before_apply) \
     X(target_before_prepared) X(target_prepared) X(target_before_takeover) X(target_after_takeover)
 #define X(name) FP_##name,

@@ -362,7 +362,9 @@ static int saveSlot(slotRdbWriter *w, int slot, int64_t point) {
         if (rdbSaveKeyValuePair(w->rdb,&key,o,expire ? dictGetSignedIntegerVal(expire) : -1,0) == -1) goto end;
         dismissObject(o,w->rdb->processed_bytes-before);    /* gives pages back, less to copy */
     }
-    if (slotRdbSectionEnd(w) == -1 || slotRdbWriteSectionAux(w,point) == -1) goto end;
+    if (slotRdbSectionEnd(w) == -1) goto end;
+    if (slotmigFailPoint(FP_source_damages_section) == FAILPOINT_FAIL) w->section.crc ^= 1;
+    if (slotRdbWriteSectionAux(w,point) == -1) goto end;
     res = 0;
 end:
     kvstoreReleaseDictIterator(it);

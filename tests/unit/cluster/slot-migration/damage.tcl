@@ -1,0 +1,65 @@
+# What does not arrive as it was sent, or cannot be applied, fails the migration
+# before the hand-off: never a slot with a key missing or wrong.
+
+source tests/support/slot_migration.tcl
+
+proc job_failed {n id} {
+    wait_for_condition 1500 10 {[job_ended [job_field $n $id state]]} else {
+        fail "the job does not end at node $n: [job $n $id]"
+    }
+    assert_equal failed [job_field $n $id state]
+    return [job_field $n $id last-error]
+}
+
+start_cluster 3 0 {tags {external:skip cluster}} {
+    test "A section whose sum is wrong fails the job, with the slot named" {
+        fresh
+        fill_strings 0 {5 6} 100
+        set before [slots_dump 0 {5 6}]
+        failpoint 0 source_damages_section fail
+        set id [migrate 0 2 5 6]
+        assert_match "*slot 5 arrived damaged: CRC*" [job_failed 2 $id]
+        assert_match "*slot 5 arrived damaged: CRC*" [job_failed 0 $id]
+        assert_equal 0 [R 2 dbsize]
+        assert_same_dump $before [slots_dump 0 {5 6}]
+        failpoint 0 source_damages_section off
+        move_slots 0 2 5 6
+        assert_same_dump $before [slots_dump 2 {5 6}]
+    }
+
+    test "A command of the stream that fails at the target fails the job, with command and slot named" {
+        fresh
+        set key [key_in 5 stream]
+        R 0 xadd $key 1-1 f v
+        failpoint 0 source_before_cut pause
+        set id [migrate 0 2 5 6]
+        wait_job_state 0 $id streaming
+        failpoint 0 source_repeats_command fail
+        R 0 xadd $key 2-1 f w
+        assert_match "*the command 'xadd' of the stream failed in slot 5*" [job_failed 2 $id]
+        assert_match "*at the target: the command 'xadd'*" [job_failed 0 $id]
+        failpoint 0 source_repeats_command off
+        failpoint 0 source_before_cut off
+        assert_equal 2 [R 0 xlen $key]
+        assert_equal 0 [R 2 dbsize]
+        move_slots 0 2 5 6
+        assert_equal 2 [R 2 xlen $key]
+    }
+
+    test "A target that answers such errors with panic by configuration survives" {
+        fresh
+        R 2 config set propagation-error-behavior panic
+        set key [key_in 5 stream]
+        R 0 xadd $key 1-1 f v
+        failpoint 0 source_before_cut pause
+        set id [migrate 0 2 5 6]
+        wait_job_state 0 $id streaming
+        failpoint 0 source_repeats_command fail
+        R 0 xadd $key 2-1 f w
+        assert_match "*the command 'xadd'*" [job_failed 2 $id]
+        failpoint 0 source_repeats_command off
+        failpoint 0 source_before_cut off
+        R 2 config set propagation-error-behavior ignore
+        assert_equal PONG [R 2 ping]
+    }
+}
