@@ -123,6 +123,7 @@ static void feedJob(slotMigJob *job, feedOp *ops, int n) {
     uint32_t count = 0;
     for (int i = 0; i < n; i++) {
         if (!feedOpTouches(ops+i,job)) continue;
+        if (slotmigFailPoint(FP_source_drops_command) == FAILPOINT_FAIL) continue;
         if (ops[i].slot == SLOT_SEVERAL) {
             slotmigSourceDoom(job,sdscatprintf(sdsempty(),"the command '%.64s' wrote keys of several slots at once: "
                 "keep it from the slots %s while they move",(char*)ops[i].argv[0]->ptr,job->ranges));

@@ -209,7 +209,7 @@ void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason) {
     if (state == SLOTMIG_DONE) {
         stats.done++;
         if (job->role == SLOTMIG_SOURCE) stats.keys_out += job->trimmed;
-        else { stats.keys_in += job->keys_done; draining = 1; }
+        else stats.keys_in += job->keys_done;
         if ((unsigned long long)job->write_pause_us > stats.longest_pause_us)
             stats.longest_pause_us = job->write_pause_us;
     } else if (state == SLOTMIG_FAILED) {
@@ -289,6 +289,11 @@ void slotmigWantTimer(void) {
         timer_id = aeCreateTimeEvent(server.el,0,timerFired,NULL,NULL);
 }
 
+void slotmigDrainSoon(void) {
+    draining = 1;
+    slotmigWantTimer();
+}
+
 monotime slotmigSliceEnd(void) {
     return getMonotonicUs()+SLICE_US;
 }
@@ -324,6 +329,7 @@ static void endAnyway(slotMigJob *job, void *why) {
 /* Also what waits for a word of the cluster that this node leaves. */
 void slotmigClusterReset(void) {
     slotmigEachJob(endAnyway,"CLUSTER RESET of this node");
+    for (int j = 0; j < CLUSTER_SLOTS; j++) slotmigSlotIsOurs(j);
     unblockPostponedClients();
 }
 
@@ -337,7 +343,10 @@ void slotmigShutdown(void) {
 
 int slotmigRefuseSlotChange(client *c, int slot) {
     slotMigJob *job = slotmigJobOfSlot(slot);
-    if (job == NULL) return 0;
+    if (job == NULL) {
+        slotmigSlotIsOurs(slot);    /* or may be from now on: keys of it are no leftovers */
+        return 0;
+    }
     addReplyErrorFormat(c,"Slot %d is in slot migration %s: wait for its end or use CLUSTER "
         "CANCEL-SLOT-MIGRATIONS ID %s first",slot,job->id,job->id);
     return 1;

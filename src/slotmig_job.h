@@ -109,6 +109,7 @@ void slotmigFail(slotMigJob *job, slotMigState state, sds error);
 void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason);
 void slotmigJobStep(slotMigJob *job);
 void slotmigWantTimer(void);
+void slotmigDrainSoon(void);                        /* a shadow was merged */
 void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg);
 int slotmigMustNotExecute(void);                    /* inside of a command that yields, or loading */
 monotime slotmigSliceEnd(void);                     /* of work in one turn of the event loop */
@@ -263,7 +264,7 @@ typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRA
 #define SLOTMIG_FAILPOINTS(X) \
     X(source_before_attach) X(source_before_fork) X(source_in_child) X(source_before_cut) \
     X(source_before_commit) X(source_after_commit) X(source_before_trim) \
-    X(source_damages_section) X(source_repeats_command) \
+    X(source_damages_section) X(source_repeats_command) X(source_drops_command) \
     X(target_before_accept) X(target_before_load) X(target_before_section) X(target_before_apply) \
     X(target_before_prepared) X(target_prepared) X(target_before_takeover) X(target_after_takeover)
 #define X(name) FP_##name,
@@ -282,5 +283,6 @@ void clusterDoBeforeSleep(int flags);
 void clusterBroadcastPong(int target);
 void clusterUpdateState(void);
 void clusterSetMaster(clusterNode *n);
+int bitmapTestBit(unsigned char *bitmap, int pos);
 
 #endif

@@ -109,6 +109,19 @@ static void flushComes(slotMigJob *job, void *arg) {
     if (job->role == SLOTMIG_SOURCE) slotmigSourceFlushed(job);
 }
 
+static int isFlush(struct redisCommand *cmd) {
+    return cmd->proc == flushallCommand || cmd->proc == flushdbCommand || cmd->proc == sflushCommand;
+}
+
+/* Will this command flush, now? */
+static int flushes(client *c) {
+    if (!(c->flags & CLIENT_MULTI)) return isFlush(c->cmd);
+    if (c->cmd->proc != execCommand) return 0;      /* only queued */
+    for (int i = 0; i < c->mstate.count; i++)
+        if (isFlush(c->mstate.commands[i].cmd)) return 1;
+    return 0;
+}
+
 int slotmigExpiryWaits(int slot) {
     return __builtin_expect(fences,0) && (slot == -1 || slotSetHas(&fenced,slot));
 }
@@ -124,14 +137,14 @@ int slotmigFieldExpiryWaits(robj *o) {
 int slotmigMustWait(client *c, int may_replicate) {
     if (!fences || !may_replicate) return 0;
     if ((c->cmd->flags & (CMD_PUBSUB|CMD_WRITE)) == CMD_PUBSUB) return 0;   /* writes nothing */
-    if (c->cmd->proc == flushallCommand || c->cmd->proc == flushdbCommand || c->cmd->proc == sflushCommand) {
+    if (flushes(c)) {
         /* If it waited, it would find the slots gone, and their keys flushed nowhere. */
         slotmigEachJob(flushComes,NULL);
         if (!fences) return 0;
     }
     if (c->slot >= 0) return slotSetHas(&fenced,c->slot);
     /* No key was named: it may write anywhere. */
-    if (c->cmd->proc == execCommand) return (c->mstate.cmd_flags & CMD_WRITE) != 0;
+    if (c->cmd->proc == execCommand) return (c->mstate.cmd_flags & (CMD_WRITE|CMD_MAY_REPLICATE)) != 0;
     return 1;
 }
 
@@ -145,10 +158,16 @@ int slotmigKeepsMaster(void) {
     return closed.count != 0;
 }
 
+/* Bound to the target, not to nobody: a slot of nobody would bring this node
+ * down, and a restart would claim it for the keys it finds. */
 void slotmigBeforeEpochRaise(void) {
     if (closed.count == 0) return;
-    for (int j = slotSetNext(&closed,0); j != -1; j = slotSetNext(&closed,j+1))
-        if (server.cluster->slots[j] == server.cluster->myself) clusterDelSlot(j);
+    for (int j = slotSetNext(&closed,0); j != -1; j = slotSetNext(&closed,j+1)) {
+        clusterNode *target = slotmigSlotOwner(j,server.cluster->myself);
+        if (server.cluster->slots[j] != server.cluster->myself || target == NULL) continue;
+        clusterDelSlot(j);
+        clusterAddSlot(target,j);
+    }
 }
 
 static void slotSetChange(slotSet *all, const slotSet *some, int in) {
@@ -711,6 +730,9 @@ static void touchWatchedKeys(slotMigJob *job) {
 /* The target has the slots, with this epoch. */
 static void handOffDone(slotMigJob *job, uint64_t epoch) {
     clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
+    serverAssert(job->state == SLOTMIG_COMMITTED);
+    slotmigDialCancel(job->src->ask);
+    job->src->ask = NULL;
     job->epoch = epoch;
     if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
     if (clusterNodeIsMaster(myself)) {
@@ -744,6 +766,7 @@ static void handOffDone(slotMigJob *job, uint64_t epoch) {
  * the commit only two words of the target end a job: TAKEN, and this. */
 static void takeBack(slotMigJob *job, const char *why) {
     clusterNode *myself = server.cluster->myself;
+    serverAssert(job->state == SLOTMIG_COMMITTED);
     slotSetChange(&closed,&job->slots,0);
     if (clusterNodeIsMaster(myself)) {
         for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
@@ -762,7 +785,7 @@ static void takeBack(slotMigJob *job, const char *why) {
     slotMigLimbo *limbo = slotmigLimboCreate();
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
         unsigned long long cursor = 0;
-        if (server.cluster->slots[j] == myself) continue;
+        if (server.cluster->slots[j] == myself || !clusterNodeIsMaster(myself)) continue;
         slotmigUnlinkFieldExpiry(j,&cursor,UINT64_MAX);
         slotmigLimboTake(limbo,j);
     }
@@ -787,6 +810,7 @@ static void askDone(connection *conn, const char *line, const char *error, void 
         if (error == NULL && !strncmp(line,"+DISCARDED",10))
             slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target gave up:%s",line+10));
     }
+    else if (job->state != SLOTMIG_COMMITTED) return;   /* its own word came first */
     else if (error) slotmigSetReason(job,"committed; asking the target whether it took over: %s",error);
     else if (sscanf(line,"+TAKEN %llu",&epoch) == 1) handOffDone(job,epoch);
     else if (!strncmp(line,"+DISCARDED",10)) takeBack(job,"it had lost the job");

@@ -550,6 +550,7 @@ static sds cannotTake(slotMigJob *job) {
         clusterNode *owner = server.cluster->slots[j];
         if (slotHasLeftovers(j)) return sdscatprintf(sdsempty(),"slot %d got keys at the target meanwhile",j);
         if (owner == myself || owner == NULL) continue;
+        if (owner == source && bitmapTestBit(server.cluster->owner_not_claiming_slot,j)) continue;
         if (owner != source || owner->configEpoch >= job->epoch)
             return sdscatprintf(sdsempty(),"slot %d belongs to node %.40s by a later decision",j,owner->name);
     }
@@ -587,6 +588,9 @@ static void makeTakenDurable(slotMigJob *job) {
 static void takeOver(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     clusterNode *myself = server.cluster->myself;
+    serverAssert(job->state == SLOTMIG_PREPARED && t->shadow);
+    slotmigDialCancel(t->ask);
+    t->ask = NULL;
     failPointAction fp = slotmigFailPoint(FP_target_before_takeover);
     sds error = fp == FAILPOINT_FAIL ? sdsnew("fail point target_before_takeover") : cannotTake(job);
     if (error) {
@@ -606,6 +610,7 @@ static void takeOver(slotMigJob *job) {
     clusterSaveConfigOrDie(0);      /* a crash of this process finds it */
     server.dirty += slotmigShadowMerge(t->shadow,&job->slots);
     t->shadow = NULL;
+    slotmigDrainSoon();
     clusterUpdateState();
     clusterBroadcastPong(0);        /* to every node: one message with all slots */
     slotmigDatasetChanged();
@@ -633,6 +638,7 @@ static void askDone(connection *conn, const char *line, const char *error, void 
     job->tgt->ask = NULL;
     job->tgt->next_ask = mstime()+ASK_PERIOD;
     if (conn) connClose(conn);
+    if (job->state != SLOTMIG_PREPARED) return;     /* COMMIT came first */
     if (error) slotmigSetReason(job,"prepared; asking the source whether it committed: %s",error);
     else if (sscanf(line,"+COMMITTED %llu",&n) == 1 && n == job->tgt->cut_n) takeOver(job);
     else if (strncmp(line,"+DISCARDED",10)) slotmigSetReason(job,"prepared; the source neither knows this migration "

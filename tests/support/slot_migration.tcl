@@ -67,7 +67,7 @@ proc failpoint {n name action} {
 set ::failpoint_names {
     source_before_attach source_before_fork source_in_child source_before_cut
     source_before_commit source_after_commit source_before_trim
-    source_damages_section source_repeats_command
+    source_damages_section source_repeats_command source_drops_command
     target_before_accept target_before_load target_before_section
     target_before_apply target_before_prepared target_prepared target_before_takeover
     target_after_takeover

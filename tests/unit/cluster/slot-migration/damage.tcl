@@ -46,6 +46,23 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         assert_equal 2 [R 2 xlen $key]
     }
 
+    test "A key that did not arrive is found before the hand-off, with the slot and both counts named" {
+        fresh
+        R 0 set [key_in 5 a] 1
+        failpoint 0 source_before_cut pause
+        set id [migrate 0 2 5 6]
+        wait_job_state 0 $id streaming
+        failpoint 0 source_drops_command fail
+        R 0 set [key_in 5 b] 2 ex 1000
+        failpoint 0 source_drops_command off
+        failpoint 0 source_before_cut off
+        assert_match "slot 5 has 2 keys and 1 expires at the source, but slot 5 has 1 and 0 at the target" [job_failed 0 $id]
+        assert_match "at the source: slot 5 has 2 keys*" [job_failed 2 $id]
+        assert_equal 2 [R 0 get [key_in 5 b]]
+        move_slots 0 2 5 6
+        assert_equal 2 [R 2 get [key_in 5 b]]
+    }
+
     test "A target that answers such errors with panic by configuration survives" {
         fresh
         R 2 config set propagation-error-behavior panic

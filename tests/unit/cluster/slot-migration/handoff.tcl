@@ -161,15 +161,34 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         set elsewhere [send_command 0 blpop [key_in 4000 list] 0]
         foreach rd [list $list $zset $stream $elsewhere] {wait_client_waits 0 $rd}
         failpoint 0 source_before_trim pause
+        failpoint 0 source_before_cut pause
         set id [migrate 0 2 5 20]
+        wait_job_state 0 $id streaming
+        # Without the cron, which would redirect them some time later.
+        R 0 debug pause-cron 1
+        failpoint 0 source_before_cut off
         assert_match "MOVED 10 *:[node_port 2]" [reply_of $list]
         assert_match "MOVED 10 *:[node_port 2]" [reply_of $zset]
         assert_match "MOVED 11 *:[node_port 2]" [reply_of $stream]
+        R 0 debug pause-cron 0
         assert_equal 1 [client_waits 0 $elsewhere]
         failpoint 0 source_before_trim off
         wait_migrated 0 2 $id
         R 0 rpush [key_in 4000 list] v
         assert_equal [list [key_in 4000 list] v] [reply_of $elsewhere]
+    }
+
+    test "A write that passes the fence, of a script with undeclared keys, makes it a new attempt" {
+        fresh
+        R 0 set $moving 1
+        failpoint 2 target_before_prepared pause
+        set id [migrate 0 2 5 20]
+        wait_job_state 2 $id preparing
+        assert_equal 2 [R 0 eval "return redis.call('incr',ARGV\[1\])" 1 [key_in 4000 x] $moving]
+        failpoint 2 target_before_prepared off
+        wait_migrated 0 2 $id
+        assert_equal 2 [job_field 0 $id attempt]
+        assert_equal 2 [R 2 get $moving]
     }
 
     test "A watched key that moves away makes its transaction fail, others do not" {
