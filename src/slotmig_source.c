@@ -44,6 +44,8 @@
 #define ASK_PERIOD 200              /* ms between two questions to a silent target */
 #define RETRY_PERIOD 100            /* ms until the next attempt after a discarded one */
 #define RETRY_DOUBLINGS 6           /* of it, attempt by attempt */
+#define LAG_AT_FIRST (64*1024)      /* bytes that the target takes in one turn of its event loop */
+#define LAG_DOUBLES 100             /* ms in which the allowed lag doubles */
 #define SILENCE 1000                /* ms without a word from the target that make a hand-off hopeless */
 #define ASK_ANYWAY 1000             /* ms after the commit when a link that seems alive is not trusted */
 #define ESTIMATE_SAMPLES 64         /* keys looked at to guess the bytes of a job */
@@ -512,12 +514,21 @@ static void discardAttempt(slotMigJob *job, const char *why) {
     slotmigLinkSend(job->src->stream,slotmigFrameInt(slotmigFrameStart(FRAME_DISCARD),job->attempt,8));
 }
 
+/* The bytes that the target may lag when the fence goes up, which it takes in
+ * while writers wait. Little at first, for a short wait; more when the writers
+ * are so fast that it does not come down to that; at most what is configured. */
+static unsigned long long allowedLag(const slotMigJob *job) {
+    unsigned long long lag = LAG_AT_FIRST, most = slotmig_config.handoff_max_lag;
+    for (mstime_t ms = mstime() - job->state_since; ms >= LAG_DOUBLES && lag < most; ms -= LAG_DOUBLES) lag *= 2;
+    return lag < most ? lag : most;
+}
+
 static void tryFence(slotMigJob *job) {
     slotMigSource *s = job->src;
     unsigned long long lag = job->stream_bytes - job->stream_applied;
     if (mstime() < s->next_attempt) return;
     if (slotmigFailPoint(FP_source_before_cut) == FAILPOINT_PAUSE) return;
-    if (lag > (unsigned long long)slotmig_config.handoff_max_lag) {
+    if (lag > allowedLag(job)) {
         slotmigSetReason(job,"the target lags %llu bytes behind the writes",lag);
         return;
     }
@@ -965,6 +976,8 @@ void slotmigSourceStep(slotMigJob *job) {
                 askTarget(job);
         } else if (hasActiveChildProcess()) {
             slotmigSetReason(job,"another child process runs (%s)",strChildType(server.child_type));
+        } else if (fences) {
+            slotmigSetReason(job,"another migration hands off");    /* a fork would make its writers wait */
         } else {
             startSnapshot(job);
         }

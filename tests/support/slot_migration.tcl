@@ -377,6 +377,20 @@ proc kill_node {n} {
     wait_for_condition 500 10 {![is_alive [node_pid $n]]} else {fail "node $n does not die"}
 }
 
+# Stop a node without the others marking it as failing, however slow the machine.
+proc stop_node {n} {
+    for {set i 0} {$i < [llength $::servers]} {incr i} {
+        if {$i != $n} {R $i config set cluster-node-timeout 600000}
+    }
+    pause_process [node_pid $n]
+}
+
+proc continue_node {n} {
+    resume_process [node_pid $n]
+    set timeout [lindex [R $n config get cluster-node-timeout] 1]
+    for {set i 0} {$i < [llength $::servers]} {incr i} {R $i config set cluster-node-timeout $timeout}
+}
+
 proc wait_node_dead {n} {
     wait_for_condition 1000 10 {![is_alive [node_pid $n]]} else {fail "node $n is alive, expected it to be dead"}
 }

@@ -310,7 +310,7 @@ start_cluster 3 0 {tags {external:skip cluster}} {
 
     test "A command whose targets do not answer can be cancelled" {
         fresh
-        pause_process [node_pid 2]
+        stop_node 2
         set rd [redis_deferring_client 0]
         $rd cluster migrate-slots slotsrange 6 6 node $id2 slotsrange 5 5 node $id1
         wait_for_condition 500 10 {[llength [R 0 cluster slot-migrations]] >= 2 && [jobs_running 1] == 1} else {fail "no jobs"}
@@ -318,7 +318,7 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         catch {$rd read} error
         assert_match "*cancelled*" $error
         $rd close
-        resume_process [node_pid 2]
+        continue_node 2
         foreach n {0 1 2} {wait_for_condition 1500 10 {[jobs_running $n] == 0} else {fail "node $n goes on: [R $n cluster slot-migrations]"}}
         move_slots 0 2 5 6
         assert_equal 2 $cancelled
@@ -326,12 +326,12 @@ start_cluster 3 0 {tags {external:skip cluster}} {
 
     test "A client that goes away before its answer does no harm" {
         fresh
-        pause_process [node_pid 2]
+        stop_node 2
         set rd [redis_deferring_client 0]
         $rd cluster migrate-slots slotsrange 6 6 node $id2
         wait_for_condition 500 10 {[jobs_running 0] == 1} else {fail "no job"}
         $rd close
-        resume_process [node_pid 2]
+        continue_node 2
         wait_for_condition 1500 10 {[jobs_running 0] == 0} else {fail "the job does not end"}
         assert_equal done [dict get [lindex [R 0 cluster slot-migrations] 0] state]
         wait_cluster_agrees

@@ -246,11 +246,11 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         set id [migrate 0 2 3 10]
         wait_for_condition 500 10 {[job_field 0 $id reason] eq "paused before the fork"} else {fail "[job 0 $id]"}
         wait_for_condition 500 10 {[job_field 2 $id reason] eq "waiting for the source's snapshot"} else {fail "[job 2 $id]"}
-        pause_process [node_pid 2]
+        stop_node 2
         failpoint 0 source_before_fork off
         wait_for_condition 500 10 {[node_children 0] ne ""} else {fail "no child"}
         exec kill -9 [node_children 0]
-        resume_process [node_pid 2]
+        continue_node 2
         wait_job_failed 0 $id "*child process was ended by signal 9*"
         wait_job_failed 2 $id "*"
         assert_state $before
