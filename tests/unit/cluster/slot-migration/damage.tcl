@@ -11,6 +11,17 @@ proc job_failed {n id} {
     return [job_field $n $id last-error]
 }
 
+# A job that is sent an XADD twice: the second one is an error. Its id.
+proc migrate_with_failing_xadd {} {
+    R 0 xadd [key_in 5 stream] 1-1 f v
+    failpoint 0 source_before_cut pause
+    set id [migrate 0 2 5 6]
+    wait_job_state 0 $id streaming
+    failpoint 0 source_repeats_command fail
+    R 0 xadd [key_in 5 stream] 2-1 f w
+    return $id
+}
+
 start_cluster 3 0 {tags {external:skip cluster}} {
     test "A section whose sum is wrong fails the job, with the slot named" {
         fresh
@@ -29,21 +40,14 @@ start_cluster 3 0 {tags {external:skip cluster}} {
 
     test "A command of the stream that fails at the target fails the job, with command and slot named" {
         fresh
-        set key [key_in 5 stream]
-        R 0 xadd $key 1-1 f v
-        failpoint 0 source_before_cut pause
-        set id [migrate 0 2 5 6]
-        wait_job_state 0 $id streaming
-        failpoint 0 source_repeats_command fail
-        R 0 xadd $key 2-1 f w
+        set id [migrate_with_failing_xadd]
         assert_match "*the command 'xadd' of the stream failed in slot 5*" [job_failed 2 $id]
         assert_match "*at the target: the command 'xadd'*" [job_failed 0 $id]
-        failpoint 0 source_repeats_command off
-        failpoint 0 source_before_cut off
-        assert_equal 2 [R 0 xlen $key]
+        failpoints_off 0
+        assert_equal 2 [R 0 xlen [key_in 5 stream]]
         assert_equal 0 [R 2 dbsize]
         move_slots 0 2 5 6
-        assert_equal 2 [R 2 xlen $key]
+        assert_equal 2 [R 2 xlen [key_in 5 stream]]
     }
 
     test "A key that did not arrive is found before the hand-off, with the slot and both counts named" {
@@ -66,16 +70,9 @@ start_cluster 3 0 {tags {external:skip cluster}} {
     test "A target that answers such errors with panic by configuration survives" {
         fresh
         R 2 config set propagation-error-behavior panic
-        set key [key_in 5 stream]
-        R 0 xadd $key 1-1 f v
-        failpoint 0 source_before_cut pause
-        set id [migrate 0 2 5 6]
-        wait_job_state 0 $id streaming
-        failpoint 0 source_repeats_command fail
-        R 0 xadd $key 2-1 f w
+        set id [migrate_with_failing_xadd]
         assert_match "*the command 'xadd'*" [job_failed 2 $id]
-        failpoint 0 source_repeats_command off
-        failpoint 0 source_before_cut off
+        failpoints_off 0
         R 2 config set propagation-error-behavior ignore
         assert_equal PONG [R 2 ping]
     }
