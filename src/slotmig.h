@@ -39,7 +39,10 @@ extern struct slotmigConfig slotmig_config;
 void slotmigInit(void);                 /* once, from clusterInit() */
 void slotmigBeforeSleep(void);          /* every turn of the event loop */
 void slotmigShutdown(void);             /* before the process exits: ends threads and children */
-char *slotmigInfo(char *info);          /* sds in, sds out: fields of INFO and CLUSTER INFO */
+char *slotmigInfo(char *info);          /* sds in, sds out: fields of CLUSTER INFO */
+char *slotmigInfoMemory(char *info);    /* the same, of INFO memory */
+void slotmigResetStats(void);           /* CONFIG RESETSTAT */
+size_t slotmigNotCountedMemory(void);   /* bytes that must not make this node evict */
 
 /* ---- commands: returns 1 when the CLUSTER subcommand was ours ---- */
 int slotmigCommand(struct client *c);
@@ -50,6 +53,7 @@ void slotmigFeed(struct redisOpArray *ops);          /* one execution unit, abou
 int slotmigMustWait(struct client *c, int may_replicate); /* is this command behind a fence? */
 int slotmigExpiryWaits(int slot);                    /* of keys in the slot; -1: the active cycle */
 int slotmigFieldExpiryWaits(struct redisObject *hash);
+int slotmigFieldExpiryLeaves(struct redisObject *hash); /* 1: it is trimmed, the active cycle must forget it */
 int slotmigHoldClient(struct client *c, int slot);   /* a client that came to the target a moment early: postponed */
 struct _clusterNode *slotmigSlotOwner(int slot, struct _clusterNode *owner); /* whom to name for a closed slot */
 

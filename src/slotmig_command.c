@@ -1,17 +1,18 @@
 /* slotmig_command.c -- the CLUSTER subcommands: parse, validate, reply.
  *
  *   CLUSTER MIGRATE-SLOTS SLOTSRANGE start end [start end ...] NODE target-id
- *           [SLOTSRANGE ... NODE ...]               array of job ids
+ *           [SLOTSRANGE ... NODE ...] [RATE n] [HOLD]       array of job ids
+ *   CLUSTER ALTER-SLOT-MIGRATION ID job-id [RATE n] [HOLD | RELEASE] [PAUSE | RESUME]
  *   CLUSTER SLOT-MIGRATIONS [ID job-id]             array of maps, newest first
  *   CLUSTER CANCEL-SLOT-MIGRATIONS ID job-id [FORCE] | ALL      how many
  *
  * and what the nodes say to each other, on internal connections only:
  *
- *   CLUSTER SLOTMIG OFFER protocol job source target keys bytes start end ...   OK
+ *   CLUSTER SLOTMIG OFFER protocol job source target keys bytes memory start end ...   OK
  *   CLUSTER SLOTMIG ATTACH job stream|snapshot      the connection becomes the job's
  *   CLUSTER SLOTMIG ASK job asker asked role start end ...      a word on a hand-off in doubt
  *   CLUSTER SLOTMIG REQUEST SLOTSRANGE ...          MIGRATE-SLOTS, answered in a line
- *   CLUSTER SLOTMIG FAILPOINT name off|fail|pause|crash     for tests, needs
+ *   CLUSTER SLOTMIG FAILPOINT name off|fail|pause|crash [at]    for tests, needs
  *                                                   enable-debug-command
  *
  * MIGRATE-SLOTS answers when every target has accepted or one has refused; its
@@ -223,16 +224,43 @@ static void forwardToOwner(client *c, int first_arg, const slotSet *all) {
 
 #define BLOCKS_MAX 128      /* targets in one command */
 
+/* RATE, HOLD and the like from argv[*at] on; those of a running job too if `alter`.
+ * NULL: all words were understood. */
+static sds parseControl(client *c, int *at, int alter, struct slotMigControl *control) {
+    for (; *at < c->argc; (*at)++) {
+        char *word = c->argv[*at]->ptr;
+        if (!strcasecmp(word,"rate")) {
+            if (*at+1 == c->argc || getLongLongFromObject(c->argv[*at+1],&control->rate) != C_OK || control->rate < 0)
+                return sdscatprintf(sdsempty(),"invalid RATE '%.64s': give bytes per second, 0 for no limit",
+                    *at+1 < c->argc ? (char*)c->argv[*at+1]->ptr : "");
+            (*at)++;
+        }
+        else if (!strcasecmp(word,"hold")) control->held = 1;
+        else if (alter && !strcasecmp(word,"release")) control->held = 0;
+        else if (alter && !strcasecmp(word,"pause")) control->paused = 1;
+        else if (alter && !strcasecmp(word,"resume")) control->paused = 0;
+        else return sdscatprintf(sdsempty(),"syntax error at '%.64s': %s",word,alter ?
+            "[RATE bytes-per-second] [HOLD|RELEASE] [PAUSE|RESUME]" :
+            "SLOTSRANGE start end [start end ...] NODE node-id [RATE bytes-per-second] [HOLD]");
+    }
+    return NULL;
+}
+
 /* From argv[at] on. */
 static void migrateSlots(client *c, int at, int in_a_line) {
     if (!slotmigMayBlock(c)) return;
     slotSet *slots = zmalloc(sizeof(*slots)*BLOCKS_MAX), all;
     clusterNode *targets[BLOCKS_MAX];
     int blocks = 0, first_arg = at, to_me = 0;
+    struct slotMigControl control = {0};
     sds error = NULL;
 
     slotSetClear(&all);
     while (at < c->argc && error == NULL) {
+        if (blocks && strcasecmp(c->argv[at]->ptr,"slotsrange")) {
+            error = parseControl(c,&at,0,&control);
+            break;
+        }
         if (strcasecmp(c->argv[at]->ptr,"slotsrange")) {
             error = sdscatprintf(sdsempty(),"syntax error at '%.64s': SLOTSRANGE start end [start end ...] NODE node-id",
                 (char*)c->argv[at]->ptr);
@@ -269,7 +297,7 @@ static void migrateSlots(client *c, int at, int in_a_line) {
 
     migrateRequest *rq = zcalloc(sizeof(*rq)+sizeof(rq->ids[0])*BLOCKS_MAX);
     for (int i = 0; i < blocks && error == NULL; i++) {
-        slotMigJob *job = slotmigSourceStart(slots+i,targets[i],&error);
+        slotMigJob *job = slotmigSourceStart(slots+i,targets[i],&control,&error);
         if (job) memcpy(rq->ids[rq->njobs++],job->id,sizeof(job->id));
     }
     zfree(slots);
@@ -311,7 +339,7 @@ static void replyJob(client *c, slotMigJob *job) {
     char me[CLUSTER_NAMELEN+1] = {0};
     memcpy(me,myself,CLUSTER_NAMELEN);
 
-    addReplyMapLen(c,25);
+    addReplyMapLen(c,29);
     replyText(c,"id",job->id);
     replyText(c,"slots",job->ranges);
     replyText(c,"source",job->role == SLOTMIG_SOURCE ? me : job->peer);
@@ -343,7 +371,11 @@ static void replyJob(client *c, slotMigJob *job) {
         replyNumber(c,slotmig_state_names[i],job->phase_ms[i] + ((mstime_t)job->state == i ? now - job->state_since : 0));
     }
     replyNumber(c,"write-pause-us",job->write_pause_us);
-    replyNumber(c,"held-for",job->state == SLOTMIG_PREPARED || job->state == SLOTMIG_FENCED ? now - job->state_since : 0);
+    replyNumber(c,"held",job->control.held);
+    replyNumber(c,"held-for",job->held_since ? now - job->held_since : 0);
+    replyNumber(c,"paused",job->control.paused);
+    replyNumber(c,"rate-limit",job->control.rate);
+    replyNumber(c,"writers-rate-limit",job->writers_rate);
     replyNumber(c,"trimmed",job->trimmed);
 }
 
@@ -372,6 +404,29 @@ static void slotMigrations(client *c) {
     while ((ln = listNext(&li)) != NULL) replyJob(c,listNodeValue(ln));
     listRewind(slotmig_log,&li);
     while ((ln = listNext(&li)) != NULL) replyJob(c,listNodeValue(ln));
+}
+
+/* ---- ALTER-SLOT-MIGRATION ---- */
+
+static void alterSlotMigration(client *c) {
+    int at = 4;
+    if (c->argc < 5 || strcasecmp(c->argv[2]->ptr,"id")) {
+        addReplyErrorObject(c,shared.syntaxerr);
+        return;
+    }
+    slotMigJob *job = jobOrReply(c,c->argv[3]);
+    if (job == NULL) return;
+    struct slotMigControl control = job->control;
+    sds error = parseControl(c,&at,1,&control);
+    if (error == NULL && slotmigEnded(job))
+        error = sdscatprintf(sdsempty(),"Slot migration %s is %s: there is nothing to alter",job->id,slotmig_state_names[job->state]);
+    if (error) {
+        addReplyErrorFormat(c,"%s",error);
+        sdsfree(error);
+        return;
+    }
+    slotmigControl(job,&control);
+    addReply(c,shared.ok);
 }
 
 /* ---- CANCEL-SLOT-MIGRATIONS ---- */
@@ -433,13 +488,14 @@ static int isMyself(client *c, robj *name) {
 static void offer(client *c) {
     slotSet slots, all;
     unsigned long long keys, bytes;
-    int at = 9;
-    if (c->argc < 11 || atoi(c->argv[3]->ptr) != SLOTMIG_PROTOCOL) {
+    int at = 10;
+    unsigned long long memory;
+    if (c->argc < 12 || atoi(c->argv[3]->ptr) != SLOTMIG_PROTOCOL) {
         addReplyError(c,"the two nodes run versions that do not understand each other: upgrade the older one");
         return;
     }
     if (sdslen(c->argv[4]->ptr) != SLOTMIG_ID_LEN || sdslen(c->argv[5]->ptr) != CLUSTER_NAMELEN ||
-        !string2ull(c->argv[7]->ptr,&keys) || !string2ull(c->argv[8]->ptr,&bytes))
+        !string2ull(c->argv[7]->ptr,&keys) || !string2ull(c->argv[8]->ptr,&bytes) || !string2ull(c->argv[9]->ptr,&memory))
     {
         addReplyErrorObject(c,shared.syntaxerr);
         return;
@@ -448,7 +504,7 @@ static void offer(client *c) {
     slotSetClear(&all);
     sds error = parseRanges(c,&at,&slots,&all);
     if (error == NULL && at != c->argc) error = sdsnew("syntax error");
-    if (error == NULL) error = slotmigTargetOffer(c->argv[4]->ptr,c->argv[5]->ptr,&slots,keys,bytes);
+    if (error == NULL) error = slotmigTargetOffer(c->argv[4]->ptr,c->argv[5]->ptr,&slots,keys,bytes,memory);
     if (error == NULL) addReply(c,shared.ok);
     else addReplyErrorFormat(c,"%s",error);
     sdsfree(error);
@@ -532,10 +588,12 @@ static void slotmigInternal(client *c) {
         ask(c);
     } else if (!strcasecmp(op,"request")) {
         migrateSlots(c,3,1);
-    } else if (!strcasecmp(op,"failpoint") && c->argc == 5) {
+    } else if (!strcasecmp(op,"failpoint") && (c->argc == 5 || c->argc == 6)) {
+        long long at = 0;
+        if (c->argc == 6 && getLongLongFromObjectOrReply(c,c->argv[5],&at,NULL) != C_OK) return;
         if (!allowProtectedAction(server.enable_debug_cmd,c))
             addReplyError(c,"fail points need enable-debug-command");
-        else if (slotmigSetFailPoint(c->argv[3]->ptr,c->argv[4]->ptr) == C_ERR)
+        else if (slotmigSetFailPoint(c->argv[3]->ptr,c->argv[4]->ptr,at) == C_ERR)
             addReplyErrorFormat(c,"no fail point '%s' or no action '%s'",(char*)c->argv[3]->ptr,(char*)c->argv[4]->ptr);
         else
             addReply(c,shared.ok);
@@ -549,6 +607,7 @@ int slotmigCommand(client *c) {
     if (!strcasecmp(sub,"migrate-slots")) migrateSlots(c,2,0);
     else if (!strcasecmp(sub,"slot-migrations")) slotMigrations(c);
     else if (!strcasecmp(sub,"cancel-slot-migrations")) cancelSlotMigrations(c);
+    else if (!strcasecmp(sub,"alter-slot-migration")) alterSlotMigration(c);
     else if (!strcasecmp(sub,"slotmig")) slotmigInternal(c);
     else return 0;
     return 1;

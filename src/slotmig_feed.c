@@ -10,8 +10,10 @@
  * MULTI and EXEC are not sent: the target's copy is seen by nobody until it is
  * complete, so a unit needs no brackets there.
  *
- * Keys-less commands are not slot data (PUBLISH, FUNCTION, SCRIPT); FLUSHALL and
- * its like come to the job by slotmigFlushed(). A command whose keys are in
+ * Keys-less commands are not slot data (PUBLISH, FUNCTION, SCRIPT), but for FLUSHALL
+ * and its like: these are sent at their place among the others, so that keys written
+ * before them are gone at the target and those written after are not. (A flush that
+ * is not propagated, as DEBUG RELOAD's, ends the job.) A command whose keys are in
  * several slots (a module's, or a script's with allow-cross-slot-keys) cannot be
  * split: it fails the jobs it touches. So does one that we do not know.
  *
@@ -40,14 +42,14 @@ int slotmigFeeds(void) {
 typedef struct feedOp {
     struct redisCommand *cmd;
     robj **argv;
-    int argc, slot, decoded;
+    int argc, slot, decoded, flush;
     getKeysResult keys;
 } feedOp;
 
 static void feedOpInit(feedOp *op, redisOp *rop) {
     op->argv = rop->argv;
     op->argc = rop->argc;
-    op->decoded = 0;
+    op->decoded = op->flush = 0;
     op->slot = SLOT_NONE;
     op->keys = (getKeysResult)GETKEYS_RESULT_INIT;
     for (int i = 0; i < op->argc; i++)
@@ -60,6 +62,10 @@ static void feedOpInit(feedOp *op, redisOp *rop) {
     if (op->cmd == NULL) op->slot = SLOT_SEVERAL;
     if (op->cmd == NULL || (op->cmd->flags & (CMD_PUBSUB|CMD_WRITE)) == CMD_PUBSUB ||
         !(op->cmd->flags & (CMD_WRITE|CMD_MAY_REPLICATE))) return;
+    if (slotmigIsFlush(op->cmd)) {
+        op->flush = 1;
+        return;
+    }
     int n = getKeysFromCommand(op->cmd,op->argv,op->argc,&op->keys);
     for (int i = 0; i < n; i++) {
         sds key = op->argv[op->keys.keys[i].pos]->ptr;
@@ -83,7 +89,7 @@ static void feedOpFree(feedOp *op) {
 
 /* Is any key of the command in one of the job's slots? */
 static int feedOpTouches(feedOp *op, slotMigJob *job) {
-    if (op->cmd == NULL) return 1;
+    if (op->cmd == NULL || op->flush) return 1;
     if (op->slot != SLOT_SEVERAL) return op->slot >= 0 && slotSetHas(&job->slots,op->slot);
     for (int i = 0; i < op->keys.numkeys; i++) {
         sds key = op->argv[op->keys.keys[i].pos]->ptr;
@@ -133,8 +139,13 @@ static void feedJob(slotMigJob *job, feedOp *ops, int n) {
             f = slotmigFrameInt(slotmigFrameStart(FRAME_OPS),server.master_repl_offset,8);
             f = slotmigFrameInt(f,0,4);
         }
-        f = frameCommand(f,ops+i);
         count++;
+        if (ops[i].flush) {
+            f = slotmigFrameInt(slotmigFrameInt(f,SLOT_ALL_FLUSHED,2),0,4);
+            slotmigSourceFlushFed(job);
+            continue;
+        }
+        f = frameCommand(f,ops+i);
         if (slotmigFailPoint(FP_source_repeats_command) == FAILPOINT_FAIL) {
             f = frameCommand(f,ops+i);
             count++;
@@ -159,6 +170,7 @@ void slotmigFeed(redisOpArray *ops) {
     feedOp few[8], *all = few;
     int n = 0;
     if (!slotmigFeeds()) return;
+    slotMigWork was = slotmigWork(WORK_feed);
     if (ops->numops > 8) all = zmalloc(sizeof(*all)*ops->numops);
 
     enterExecutionUnit(0,0);
@@ -178,4 +190,5 @@ void slotmigFeed(redisOpArray *ops) {
     }
     for (int i = 0; i < n; i++) feedOpFree(all+i);
     if (all != few) zfree(all);
+    slotmigWork(was);
 }

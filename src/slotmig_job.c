@@ -39,15 +39,32 @@ struct slotmigConfig slotmig_config;
 int slotmig_jobs_active;
 list *slotmig_jobs, *slotmig_log;
 failPointAction slotmig_failpoints[FP_COUNT];
+long long slotmig_failpoint_at[FP_COUNT];
 
 static long long timer_id = AE_DELETED_EVENT_ID;
 static int draining;        /* merged shadows may have hashes to hand over */
 static struct { unsigned long long done, failed, cancelled, keys_in, keys_out, longest_pause_us; } stats;
 
+/* The watch: of this turn of the event loop, and the longest one. */
+static struct {
+    slotMigWork now;
+    monotime since;
+    long long cpu_since, cpu;           /* ns of CPU time; cpu_since is valid while now != WORK_none */
+    unsigned long long us[WORK_COUNT];
+    int any;
+} turn;
+static struct { unsigned long long us, cpu_us; slotMigWork most; } longest_turn;
+
 const char *slotmig_state_names[SLOTMIG_NUM_STATES] = {
     "offered","waiting","snapshot","streaming","fenced","committed","trimming",
     "connecting","loading","following","preparing","prepared","taken",
     "done","failed","cancelled"
+};
+
+static const char *work_names[WORK_COUNT] = {
+#define X(name) #name,
+    SLOTMIG_WORK(X)
+#undef X
 };
 
 /* ---- sets of slots ---- */
@@ -112,6 +129,7 @@ slotMigJob *slotmigCreateJob(slotMigRole role, const char *id, const slotSet *sl
     job->reason = sdsempty();
     job->last_error = sdsempty();
     job->created = job->state_since = mstime();
+    job->writers_rate = -1;
     listAddNodeTail(slotmig_jobs,job);
     slotmig_jobs_active++;
     slotmigWantTimer();
@@ -199,6 +217,7 @@ static void trimLog(void) {
 }
 
 void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason) {
+    slotMigWork was = slotmigWork(WORK_end);
     job->ended = mstime();
     slotmigSetState(job,state,reason);
     if (job->src) slotmigSourceFree(job);
@@ -218,12 +237,57 @@ void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason) {
         stats.cancelled++;
     }
     slotmigWantTimer();
+    slotmigWork(was);
 }
 
 void slotmigFail(slotMigJob *job, slotMigState state, sds error) {
     sdsfree(job->last_error);
     job->last_error = error;
     slotmigEndJob(job,state,error);
+}
+
+/* ---- the watch ---- */
+
+static long long threadCpu(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID,&ts);
+    return ts.tv_sec*1000000000LL + ts.tv_nsec;
+}
+
+slotMigWork slotmigWork(slotMigWork what) {
+    slotMigWork was = turn.now;
+    monotime now = getMonotonicUs();
+    if (was != WORK_none) turn.us[was] += now - turn.since;
+    /* The feed runs for every write, too often for a system call. */
+    if (was == WORK_none && what != WORK_feed) turn.cpu_since = threadCpu();
+    else if (what == WORK_none && was != WORK_feed) turn.cpu += threadCpu() - turn.cpu_since;
+    turn.since = now;
+    turn.now = what;
+    turn.any = 1;
+    return was;
+}
+
+static void turnEnds(void) {
+    unsigned long long sum = 0;
+    slotMigWork most = WORK_none;
+    if (!turn.any) return;
+    for (int i = 1; i < WORK_COUNT; i++) {
+        sum += turn.us[i];
+        if (turn.us[i] > turn.us[most]) most = i;
+    }
+    if (sum > longest_turn.us) {
+        longest_turn.us = sum;
+        longest_turn.most = most;
+    }
+    if ((unsigned long long)turn.cpu/1000 > longest_turn.cpu_us) longest_turn.cpu_us = turn.cpu/1000;
+    latencyAddSampleIfNeeded("slot-migration",(mstime_t)(sum/1000));
+    memset(turn.us,0,sizeof(turn.us));
+    turn.cpu = 0;
+    turn.any = 0;
+}
+
+void slotmigResetStats(void) {
+    memset(&longest_turn,0,sizeof(longest_turn));
 }
 
 /* ---- what makes jobs go on ---- */
@@ -274,14 +338,55 @@ static int busy(void) {
 static int timerFired(struct aeEventLoop *el, long long id, void *data) {
     UNUSED(el); UNUSED(id); UNUSED(data);
     if (slotmigMustNotExecute()) return TICK_MS;
+    slotMigWork was = slotmigWork(WORK_checks);
     slotmigEachJob(stepJob,NULL);
     trimLog();
-    if (draining && slotmigShadowDrainStep(getMonotonicUs()+SLICE_US)) draining = 0;
+    slotmigWork(WORK_drain);
+    if (draining && slotmigDrainStep(getMonotonicUs()+SLICE_US)) draining = 0;
+    slotmigWork(was);
     if (listLength(slotmig_jobs) == 0 && !draining) {
         timer_id = AE_DELETED_EVENT_ID;
         return AE_NOMORE;
     }
-    return busy() ? 0 : TICK_MS;
+    return busy() ? 0 : slotmigSourceSlows() ? 1 : TICK_MS;
+}
+
+/* ---- what the operator wants ---- */
+
+/* Told to the other node when there is a stream; told again when there is a new one. */
+void slotmigSendControl(slotMigJob *job) {
+    slotMigLink *l = job->src ? slotmigSourceStream(job) : slotmigTargetStream(job);
+    if (l == NULL) return;
+    sds f = slotmigFrameStart(FRAME_CONTROL);
+    f = slotmigFrameInt(f,job->control.version,8);
+    f = slotmigFrameInt(f,job->control.rate,8);
+    f = slotmigFrameInt(f,job->control.paused,1);
+    f = slotmigFrameInt(f,job->control.held,1);
+    slotmigLinkSend(l,f);
+}
+
+void slotmigControl(slotMigJob *job, const struct slotMigControl *control) {
+    uint64_t version = job->control.version;
+    job->control = *control;
+    job->control.version = version+1;
+    slotmigSendControl(job);
+    if (job->tgt) slotmigTargetPace(job);
+}
+
+/* When both were changed at the same time, the source's counts. */
+void slotmigGotControl(slotMigJob *job, frameReader *r) {
+    struct slotMigControl c;
+    c.version = frameGetInt(r,8);
+    c.rate = frameGetInt(r,8);
+    c.paused = frameGetInt(r,1);
+    c.held = frameGetInt(r,1);
+    if (r->bad || c.rate < 0) {
+        r->bad = 1;
+        return;
+    }
+    if (c.version < job->control.version || (c.version == job->control.version && job->role == SLOTMIG_SOURCE)) return;
+    job->control = c;
+    if (job->tgt) slotmigTargetPace(job);
 }
 
 void slotmigWantTimer(void) {
@@ -298,9 +403,27 @@ monotime slotmigSliceEnd(void) {
     return getMonotonicUs()+SLICE_US;
 }
 
+/* What this thread has allocated and not freed, in bytes, from an arbitrary
+ * start: for the difference of two calls. 0 where the allocator does not tell. */
+long long slotmigThreadMemory(void) {
+#ifdef USE_JEMALLOC
+    static __thread uint64_t *allocated, *deallocated;
+    size_t size = sizeof(allocated);
+    if (deallocated == NULL && (je_mallctl("thread.allocatedp",&allocated,&size,NULL,0) ||
+                                je_mallctl("thread.deallocatedp",&deallocated,&size,NULL,0))) return 0;
+    return *allocated - *deallocated;
+#else
+    return 0;
+#endif
+}
+
 /* The end of a turn: take over connections, send what was framed in it. */
 void slotmigBeforeSleep(void) {
-    if (!slotmigActive()) return;
+    if (!slotmigActive()) {
+        turnEnds();
+        return;
+    }
+    slotMigWork was = slotmigWork(WORK_frames);
     listIter li;
     listNode *ln;
     slotmigSourceBeforeSleep();
@@ -310,6 +433,8 @@ void slotmigBeforeSleep(void) {
         slotMigLink *l = job->src ? slotmigSourceStream(job) : slotmigTargetStream(job);
         if (l && listLength(l->out)) slotmigLinkFlush(l);
     }
+    slotmigWork(was);
+    if (was == WORK_none) turnEnds();
 }
 
 static void endIfPossible(slotMigJob *job, void *why) {
@@ -360,7 +485,7 @@ int slotmigKeepsLostSlot(int slot) {
 
 static void flushedJob(slotMigJob *job, void *arg) {
     UNUSED(arg);
-    if (job->role == SLOTMIG_SOURCE) slotmigSourceFlushed(job);
+    if (job->role == SLOTMIG_SOURCE) slotmigSourceFlushes(job);
 }
 
 void slotmigFlushed(redisDb *dbarray, int dbnum) {
@@ -388,9 +513,44 @@ sds slotmigInfo(sds info) {
         "cluster_slot_migrations_cancelled:%llu\r\n"
         "cluster_slot_migration_keys_exported:%llu\r\n"
         "cluster_slot_migration_keys_imported:%llu\r\n"
-        "cluster_slot_migration_longest_write_pause_us:%llu\r\n",
+        "cluster_slot_migration_longest_write_pause_us:%llu\r\n"
+        "cluster_slot_migration_longest_turn_us:%llu\r\n"
+        "cluster_slot_migration_longest_turn_cpu_us:%llu\r\n"
+        "cluster_slot_migration_longest_turn_work:%s\r\n",
         out,in,stats.done,stats.failed,stats.cancelled,stats.keys_out,stats.keys_in,
-        stats.longest_pause_us);
+        stats.longest_pause_us,longest_turn.us,longest_turn.cpu_us,work_names[longest_turn.most]);
+}
+
+static void addMemory(slotMigJob *job, struct slotMigMemory *m) {
+    slotMigLink *l = job->src ? slotmigSourceStream(job) : NULL;
+    if (l) m->output += slotmigLinkMemory(l);
+    if (job->tgt) slotmigTargetMemory(job,m);
+}
+
+void slotmigMemory(struct slotMigMemory *m) {
+    memset(m,0,sizeof(*m));
+    if (!slotmigActive()) return;
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) addMemory(listNodeValue(ln),m);
+}
+
+size_t slotmigNotCountedMemory(void) {
+    struct slotMigMemory m;
+    slotmigMemory(&m);
+    return m.shadow+m.loader+m.queues+m.output;
+}
+
+sds slotmigInfoMemory(sds info) {
+    struct slotMigMemory m;
+    slotmigMemory(&m);
+    return sdscatprintf(info,
+        "mem_cluster_slot_migration_shadow:%zu\r\n"
+        "mem_cluster_slot_migration_loader:%zu\r\n"
+        "mem_cluster_slot_migration_queues:%zu\r\n"
+        "mem_cluster_slot_migration_output:%zu\r\n",
+        m.shadow,m.loader,m.queues,m.output);
 }
 
 /* ---- fail points ---- */
@@ -400,7 +560,7 @@ failPointAction slotmigFailPoint(failPoint fp) {
     return slotmig_failpoints[fp];
 }
 
-int slotmigSetFailPoint(const char *name, const char *action) {
+int slotmigSetFailPoint(const char *name, const char *action, long long at) {
     static const char *names[] = {
 #define X(name) #name,
         SLOTMIG_FAILPOINTS(X)
@@ -412,6 +572,7 @@ int slotmigSetFailPoint(const char *name, const char *action) {
         for (int j = 0; j < 4; j++) {
             if (strcasecmp(actions[j],action)) continue;
             slotmig_failpoints[i] = j;
+            slotmig_failpoint_at[i] = at;
             return C_OK;
         }
     }

@@ -86,6 +86,15 @@ typedef struct slotMigJob {
     unsigned long long stream_applied;  /* of the stream: applied by the target */
     uint64_t attempt;                   /* n of HANDOFF.md: grows with each cut */
     long long write_pause_us;
+    /* What the operator wants of it. Each change raises the version; the two nodes tell each other. */
+    struct slotMigControl {
+        uint64_t version;
+        long long rate;                 /* bytes of the snapshot per second, 0: any */
+        int paused;                     /* no byte of the snapshot, no hand-off */
+        int held;                       /* no hand-off */
+    } control;
+    mstime_t held_since;                /* ready, and nothing but `held` keeps it from handing off; 0: not so */
+    long long writers_rate;             /* bytes per second that writers of the slots may stream, -1: any */
     unsigned long long trimmed;         /* keys the source let go */
     uint64_t epoch;                     /* that the target reserved, later owns the slots with */
     slotMigSource *src;                 /* NULL once ended, or when we are the target */
@@ -109,20 +118,37 @@ void slotmigFail(slotMigJob *job, slotMigState state, sds error);
 void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason);
 void slotmigJobStep(slotMigJob *job);
 void slotmigWantTimer(void);
-void slotmigDrainSoon(void);                        /* a shadow was merged */
+void slotmigDrainSoon(void);                        /* a shadow was merged, or a limbo left to itself */
 void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg);
 int slotmigMustNotExecute(void);                    /* inside of a command that yields, or loading */
 monotime slotmigSliceEnd(void);                     /* of work in one turn of the event loop */
+long long slotmigThreadMemory(void);                /* any thread */
 int slotmigCancellable(const slotMigJob *job);      /* may this node end it alone? */
 clusterNode *slotmigPeer(const slotMigJob *job);    /* NULL: forgotten */
 sds slotmigNodeName(const clusterNode *n);          /* for messages: id and address */
+
+/* ---- the watch on the main thread's work ----
+ *
+ * Where a migration's work on the main thread begins and ends: `int was =
+ * slotmigWork(WORK_APPLY); ... slotmigWork(was);`. What it takes in one turn of the
+ * event loop is summed up by kind; the longest such turn, and the kind that took
+ * most of it, are in CLUSTER INFO and in LATENCY (event "slot-migration"). */
+
+#define SLOTMIG_WORK(X) \
+    X(none) X(checks) X(fork) X(frames) X(apply) X(attach) X(decode) X(fence) X(prepare) X(commit) \
+    X(takeover) X(handover) X(trim) X(drain) X(feed) X(flush) X(end)
+#define X(name) WORK_##name,
+typedef enum { SLOTMIG_WORK(X) WORK_COUNT } slotMigWork;
+#undef X
+slotMigWork slotmigWork(slotMigWork what);          /* what was going on before */
 
 /* ---- links: frames over a connection (slotmig_link.c) ---- */
 
 typedef enum {
     /* source to target */
     FRAME_SNAPSHOT = 1,     /* u64 point, u64 keys: the snapshot's bytes follow on the other connection */
-    FRAME_OPS,              /* u64 end offset, u32 n, n x { u16 slot, u32 argc, argc x { u32 len, bytes } } */
+    FRAME_OPS,              /* u64 end offset, u32 n, n x { u16 slot, u32 argc, argc x { u32 len, bytes } };
+                             * slot SLOT_ALL_FLUSHED with no arguments: all keys of the job were flushed here */
     FRAME_CUT,              /* u64 n, u64 offset, u64 configEpoch, u64 currentEpoch */
     FRAME_COMMIT,           /* u64 n */
     FRAME_DISCARD,          /* u64 n: this attempt is off, the job goes on */
@@ -135,9 +161,11 @@ typedef enum {
     FRAME_FAIL,             /* u8 cancelled, text: the job failed at the target */
     /* both */
     FRAME_ALIVE,            /* nothing */
+    FRAME_CONTROL,          /* u64 version, u64 rate, u8 paused, u8 held: what the operator wants; the higher version counts */
 } slotMigFrame;
 
 #define FRAME_HEADER 5      /* length and type */
+#define SLOT_ALL_FLUSHED 0xffff
 #define FRAME_MAX (1024LL*1024*1024)
 
 /* Reader of a frame's payload: every get checks the length and sets `bad`. */
@@ -161,6 +189,7 @@ struct slotMigLink {
 slotMigLink *slotmigLinkCreate(connection *conn, slotMigJob *job,
         void (*onFrame)(slotMigJob*, int, frameReader*), void (*onClose)(slotMigJob*, const char*));
 void slotmigLinkFree(slotMigLink *l);
+size_t slotmigLinkMemory(const slotMigLink *l);
 sds slotmigFrameStart(int type);
 sds slotmigFrameInt(sds f, uint64_t v, int bytes);
 void slotmigLinkSend(slotMigLink *l, sds frame);    /* takes the frame */
@@ -168,6 +197,10 @@ void slotmigLinkFlush(slotMigLink *l);
 void slotmigLinkStopReading(slotMigLink *l, int stop);
 void slotmigLinkSendLine(slotMigLink *l, sds line);
 void slotmigLinkTick(slotMigLink *l);               /* keep-alive and time-out */
+
+void slotmigControl(slotMigJob *job, const struct slotMigControl *control); /* a new version; tells the other node */
+void slotmigSendControl(slotMigJob *job);
+void slotmigGotControl(slotMigJob *job, frameReader *r);
 
 /* A connection that we open: authenticates as an internal connection, sends one
  * command, reads one line. `done` is called once, with the connection (the
@@ -183,11 +216,14 @@ client *slotmigBlockedClient(uint64_t id);
 
 /* ---- the source (slotmig_source.c, slotmig_feed.c) ---- */
 
-slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, sds *error);
+slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, const struct slotMigControl *control, sds *error);
 sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what);
 void slotmigSourceBeforeSleep(void);
 void slotmigSourceStep(slotMigJob *job);
-void slotmigSourceFlushed(slotMigJob *job);         /* the node's keys were flushed */
+int slotmigSourceSlows(void);                       /* do writers wait for their share? */
+int slotmigIsFlush(struct redisCommand *cmd);
+void slotmigSourceFlushes(slotMigJob *job);         /* the node's keys are about to be flushed */
+void slotmigSourceFlushFed(slotMigJob *job);        /* and the stream tells of it */
 sds slotmigSourceAnswer(slotMigJob *job);           /* to ASK */
 void slotmigSourceFree(slotMigJob *job);
 slotMigLink *slotmigSourceStream(slotMigJob *job);
@@ -198,11 +234,17 @@ void slotmigDatasetChanged(void);
 void slotmigSourceForce(slotMigJob *job);           /* take back after the commit */
 sds slotmigRefuseRole(slotMigRole role);
 
+/* Bytes that jobs take on this node, besides the keys it serves. */
+struct slotMigMemory { size_t shadow, loader, queues, output; };
+void slotmigMemory(struct slotMigMemory *m);
+
 /* ---- the target (slotmig_target.c) ---- */
 
 sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
-                       unsigned long long keys, unsigned long long bytes);
+                       unsigned long long keys, unsigned long long bytes, unsigned long long memory);
 void slotmigTargetStep(slotMigJob *job);
+void slotmigTargetPace(slotMigJob *job);            /* the control changed */
+void slotmigTargetMemory(const slotMigJob *job, struct slotMigMemory *m);   /* adds to it */
 int slotmigTargetBusy(const slotMigJob *job);       /* is there work for the next slice? */
 sds slotmigTargetAnswer(slotMigJob *job);           /* to ASK */
 void slotmigTargetForce(slotMigJob *job);           /* discard although bound */
@@ -227,36 +269,53 @@ slotMigShadow *slotmigShadowCreate(void);           /* NULL: too many at a time 
 redisDb *slotmigShadowDb(slotMigShadow *s);
 void slotmigShadowAttach(slotMigShadow *s, int slot, kvstore *keys, kvstore *expires);
 void slotmigShadowRegister(slotMigShadow *s, dictEntry *hash);
+int slotmigShadowAdd(slotMigShadow *s, int slot, sds key, robj *o, long long expire);
 unsigned long long slotmigShadowMerge(slotMigShadow *s, const slotSet *slots);
+void slotmigShadowEmpty(slotMigShadow *s);
 void slotmigShadowDrop(slotMigShadow *s);
-int slotmigShadowDrainStep(monotime until);
+int slotmigDrainStep(monotime until);
 void slotmigShadowFlushed(void);
 int slotmigAnyShadowDraining(void);
-int slotmigUnlinkFieldExpiry(int slot, unsigned long long *cursor, monotime until);
+sds slotmigFieldExpiryKey(robj *hash);
 slotMigLimbo *slotmigLimboCreate(void);
 unsigned long long slotmigLimboTake(slotMigLimbo *limbo, int slot);
+int slotmigLimboStep(slotMigLimbo *limbo, monotime until);
 void slotmigLimboFree(slotMigLimbo *limbo);
 kvstore *slotmigSectionKeys(void);                  /* any thread */
 kvstore *slotmigSectionExpires(void);
 
 /* ---- the loader (slotmig_loader.c) ---- */
 
+/* A value of a module that is not known to load on any thread, as it arrived. */
+typedef struct slotMigRawValue {
+    sds key, bytes;
+    long long expire, lfu, lru, lru_clock;
+} slotMigRawValue;
+
 typedef struct slotMigSection {         /* a slot that arrived whole */
     int slot;
     kvstore *keys, *expires;            /* one dict each, at 0 */
-    list *field_expiry;                 /* of dictEntry*: hashes with field TTLs; NULL: none */
+    dictEntry **field_expiry;           /* hashes with field TTLs, to be registered */
+    slotMigRawValue *raw;               /* to be decoded on the main thread */
+    size_t nfield_expiry, nraw, registered, decoded;
     unsigned long long nkeys, nexpires, bytes;
+    size_t memory;                      /* bytes that it takes */
     long long point;                    /* stream offset of its snapshot */
 } slotMigSection;
 
 typedef struct slotMigLoader slotMigLoader;
 slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, void (*wake)(void*), void *arg);
+void slotmigLoaderPace(slotMigLoader *l, long long rate, int paused);   /* bytes per second, 0: any */
+size_t slotmigLoaderMemory(slotMigLoader *l);       /* of sections not taken yet */
 /* Next finished section (owned by the caller), NULL: none at the moment. */
 slotMigSection *slotmigLoaderNext(slotMigLoader *l);
 /* 0: running, 1: complete and verified, -1: failed (*error is set, owned by the loader). Sections first. */
 int slotmigLoaderState(slotMigLoader *l, const char **error, unsigned long long *bytes);
 void slotmigLoaderFree(slotMigLoader *l);           /* stops the thread, closes the connection */
-void slotmigSectionFree(slotMigSection *s);
+void slotmigSectionFree(slotMigSection *s);         /* any thread */
+void slotmigSectionDrop(slotMigSection *s);         /* the same, in the background */
+/* Main thread. The value, or NULL and *error (the caller's). */
+robj *slotmigDecodeValue(const slotMigRawValue *v, sds *error);
 
 /* ---- fail points: named after the steps of the protocol ---- */
 
@@ -264,16 +323,18 @@ typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRA
 #define SLOTMIG_FAILPOINTS(X) \
     X(source_before_attach) X(source_before_fork) X(source_in_child) X(source_before_cut) \
     X(source_before_commit) X(source_after_commit) X(source_before_trim) \
-    X(source_damages_section) X(source_repeats_command) X(source_drops_command) \
+    X(source_damages_section) X(source_cuts_snapshot) X(source_flips_byte) \
+    X(source_repeats_command) X(source_drops_command) \
     X(target_before_accept) X(target_before_load) X(target_before_section) X(target_before_apply) \
     X(target_before_prepared) X(target_prepared) X(target_before_takeover) X(target_after_takeover)
 #define X(name) FP_##name,
 typedef enum { SLOTMIG_FAILPOINTS(X) FP_COUNT } failPoint;
 #undef X
 extern failPointAction slotmig_failpoints[FP_COUNT];
+extern long long slotmig_failpoint_at[FP_COUNT];   /* number given with the action, for points that have a place */
 /* What was set for this point: crashes by itself, tells FAIL and PAUSE. */
 failPointAction slotmigFailPoint(failPoint fp);
-int slotmigSetFailPoint(const char *name, const char *action);  /* C_ERR: no such name or action */
+int slotmigSetFailPoint(const char *name, const char *action, long long at);    /* C_ERR: no such name or action */
 
 /* ---- upstream's, not declared in its headers ---- */
 int clusterAddSlot(clusterNode *n, int slot);

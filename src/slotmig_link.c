@@ -22,12 +22,14 @@
  * Public License v3 (AGPLv3), see LICENSE. */
 
 #include "slotmig_job.h"
+#include "bio.h"
 
 void keepClientInMainThread(client *c);     /* iothread.c */
 
 #define READ_CHUNK (64*1024)
 #define READ_TURN (64*1024)             /* taken from a link in one turn of the event loop: applying it stays under about a millisecond */
 #define READ_LARGE (1024*1024)          /* at once, when a single frame is larger than a chunk */
+#define FREE_LARGE (1024*1024)          /* bytes that are freed in the background */
 #define ALIVE_PERIOD 200                /* ms without a word after which we send ALIVE */
 #define ANSWER_MAX (64*1024)            /* of an answer to a dial */
 
@@ -76,7 +78,9 @@ static void linkClose(slotMigLink *l, const char *why) {
 
 static void linkWriteHandler(connection *conn) {
     slotMigLink *l = connGetPrivateData(conn);
+    slotMigWork was = slotmigWork(WORK_frames);
     slotmigLinkFlush(l);
+    slotmigWork(was);
 }
 
 /* Write what waits. An error is noted, and the link closed by the next tick:
@@ -130,7 +134,7 @@ static void updateReading(slotMigLink *l) {
     connSetReadHandler(l->conn,l->stopped_full || l->stopped_busy ? NULL : linkReadHandler);
 }
 
-static void linkReadHandler(connection *conn) {
+static void readFrames(connection *conn) {
     slotMigLink *l = connGetPrivateData(conn);
     slotMigJob *job = l->job;
     size_t turn = 0;
@@ -144,14 +148,15 @@ static void linkReadHandler(connection *conn) {
         return;
     }
     while (turn < READ_TURN && !l->stopped_full) {
-        size_t had = sdslen(l->in), want = READ_CHUNK;
+        size_t had = sdslen(l->in), want = READ_CHUNK, frame = 0;
         if (had >= 4) {     /* a large frame: read it in one piece */
             frameReader r = { (unsigned char*)l->in, (unsigned char*)l->in+4, 0 };
             uint64_t len = frameGetInt(&r,4)+4;
-            if (len > had && len-had > want) want = len-had;
+            if (len <= FRAME_MAX && len > had && len-had > want) want = frame = len-had;
             if (want > READ_LARGE) want = READ_LARGE;
         }
-        l->in = sdsMakeRoomFor(l->in,want);
+        /* All of it at once: growing a large one would copy it again and again. */
+        l->in = sdsMakeRoomForNonGreedy(l->in,frame > want ? frame : want);
         int n = connRead(conn,l->in+had,want);
         if (n <= 0) {
             if (n == 0 || connGetState(conn) != CONN_STATE_CONNECTED) closed = 1;
@@ -185,9 +190,15 @@ static void linkReadHandler(connection *conn) {
             }
         }
         sdsrange(l->in,at,-1);
-        if (sdsavail(l->in) > READ_LARGE) l->in = sdsRemoveFreeSpace(l->in,0);
+        if (frame == 0 && sdsavail(l->in) > READ_LARGE) l->in = sdsRemoveFreeSpace(l->in,0);
     }
     if (closed) linkClose(l,"the connection was closed");
+}
+
+static void linkReadHandler(connection *conn) {
+    slotMigWork was = slotmigWork(WORK_frames);
+    readFrames(conn);
+    slotmigWork(was);
 }
 
 /* Takes the connection. Frames go to onFrame; onClose is called once when the
@@ -211,6 +222,16 @@ slotMigLink *slotmigLinkCreate(connection *conn, slotMigJob *job,
     return l;
 }
 
+static void freeBuffers(void *args[]) {
+    sdsfree(args[0]);
+    listRelease(args[1]);
+}
+
+/* Bytes of memory that wait to be handled, or to be sent. */
+size_t slotmigLinkMemory(const slotMigLink *l) {
+    return sdsalloc(l->in) + l->out_bytes;
+}
+
 /* Safe from inside the link's own handlers: linkReadHandler() looks at the
  * private data before it goes on. */
 void slotmigLinkFree(slotMigLink *l) {
@@ -218,8 +239,9 @@ void slotmigLinkFree(slotMigLink *l) {
     slotmigLinkFlush(l);    /* a last word, if the socket takes it */
     connSetPrivateData(l->conn,NULL);
     connClose(l->conn);
-    sdsfree(l->in);
-    listRelease(l->out);
+    void *buffers[] = { l->in, l->out };
+    if (slotmigLinkMemory(l) > FREE_LARGE) bioCreateLazyFreeJob(freeBuffers,2,l->in,l->out);
+    else freeBuffers(buffers);
     zfree(l);
 }
 
@@ -290,8 +312,10 @@ static int dialTell(struct aeEventLoop *el, long long id, void *data) {
     d->line = d->error = NULL;
     if (error == NULL) d->conn = NULL;
     dialFree(d);
+    slotMigWork was = slotmigWork(WORK_checks);
     if (error) done(NULL,NULL,error,arg);
     else done(conn,line,NULL,arg);
+    slotmigWork(was);
     sdsfree(line);
     sdsfree(error);
     return AE_NOMORE;

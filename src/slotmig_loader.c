@@ -44,10 +44,20 @@
 #define LOADER_BUFFER (128*1024)
 #define LOADER_POLL 100                 /* ms between two looks at `stop` while no byte comes */
 #define LOADER_ERROR_MAX 512
+#define PACE_BURST 50                   /* ms of the rate limit that may come at once */
+#define KEY_OVERHEAD 96                 /* bytes of memory a key takes besides its text, if the allocator does not tell */
 
 /* The presizing of a dict follows a number from the network: a section of more
  * keys than this grows as it goes. */
 #define PRESIZE_MAX (1<<24)
+
+/* Who reads an RDB record on this thread: upstream's reader asks by the hooks below. */
+typedef struct rdbReader {
+    char error[LOADER_ERROR_MAX];       /* "" until something is wrong */
+    int on_main;                        /* any module's types may be decoded */
+    moduleType *vectorset;              /* else: resolved on the main thread; NULL: not there */
+    uint64_t vectorset_id;
+} rdbReader;
 
 struct slotMigLoader {
     rio rdb;                            /* first: loaderRead() gets its address */
@@ -65,44 +75,50 @@ struct slotMigLoader {
     uint64_t want_keys, want_expires;   /* of the open section, as SLOT_INFO says */
     slotSet seen;
     slotRdbIndex index;
-    char error[LOADER_ERROR_MAX];       /* "" until something is wrong */
-    moduleType *vectorset;              /* resolved on the main thread; NULL: not there */
-    uint64_t vectorset_id;
+    rdbReader reader;
+    sds capture;                        /* of what is taken; NULL: nothing */
+    sds replay;                         /* captured, to be read again first; NULL: none */
+    size_t replayed;
+    long long section_memory;           /* slotmigThreadMemory() when the section was opened */
+    double allowed;                     /* bytes that the rate limit lets in */
+    monotime allowed_at;
     long long idle_limit;               /* ms without a byte */
     pthread_t thread;
     redisAtomic unsigned long long bytes;
-    redisAtomic int stop;
+    redisAtomic int stop, paused;
+    redisAtomic long long rate;         /* bytes per second, 0: any */
+    redisAtomic size_t open_memory;     /* of the open section */
     /* ---------------------------------------------------------------- */
     pthread_mutex_t mutex;
     list *done;                         /* of slotMigSection*, oldest first */
+    size_t done_memory;
     int state;                          /* 0: running, 1: complete, -1: failed */
     eventNotifier *notifier;
     void (*wake)(void*);                /* main thread only */
     void *arg;
 };
 
-static __thread slotMigLoader *this_loader;
+static __thread rdbReader *this_reader;
 
 /* ---- hooks in rdb.c ---- */
 
 int slotmigInLoader(void) {
-    return this_loader != NULL;
+    return this_reader != NULL;
 }
 
 int slotmigLoaderError(const char *msg) {
-    if (this_loader == NULL) return 0;
-    if (!this_loader->error[0])
-        snprintf(this_loader->error,LOADER_ERROR_MAX,"%s",msg);
+    if (this_reader == NULL) return 0;
+    if (!this_reader->error[0])
+        snprintf(this_reader->error,LOADER_ERROR_MAX,"%s",msg);
     return 1;
 }
 
-/* Only types known to load without touching the module's or the server's state
- * may be decoded here. */
+/* On the loader's thread only types known to load without touching the module's
+ * or the server's state. The low ten bits of an id are the encoding's version. */
 moduleType *slotmigLoaderModuleType(uint64_t id) {
-    slotMigLoader *l = this_loader;
-    if (l->vectorset && (id & ~(uint64_t)1023) == (l->vectorset_id & ~(uint64_t)1023))
-        return l->vectorset;
-    return NULL;
+    rdbReader *r = this_reader;
+    if (r->on_main) return moduleTypeLookupModuleByID(id);
+    return r->vectorset && (id & ~(uint64_t)1023) == (r->vectorset_id & ~(uint64_t)1023) ? r->vectorset : NULL;
 }
 
 /* ---- reading ---- */
@@ -110,26 +126,48 @@ moduleType *slotmigLoaderModuleType(uint64_t id) {
 static void loaderFail(slotMigLoader *l, const char *fmt, ...) __attribute__((format(printf,2,3)));
 static void loaderFail(slotMigLoader *l, const char *fmt, ...) {
     va_list ap;
-    if (l->error[0]) return;    /* the first one is the cause */
+    if (l->reader.error[0]) return;     /* the first one is the cause */
     va_start(ap,fmt);
-    vsnprintf(l->error,LOADER_ERROR_MAX,fmt,ap);
+    vsnprintf(l->reader.error,LOADER_ERROR_MAX,fmt,ap);
     va_end(ap);
 }
 
-/* Some bytes from the connection; 0 when there will be none. */
-static size_t loaderReceive(slotMigLoader *l, void *buf, size_t len) {
-    long long idle = 0;
+/* How many of `len` bytes may be read now, 0: stopped. Waits while the operator
+ * wants that; TCP then slows the source down. */
+static size_t loaderMayRead(slotMigLoader *l, size_t len) {
     for (;;) {
-        int stop;
+        int stop, paused;
+        long long rate;
         atomicGet(l->stop,stop);
+        atomicGet(l->paused,paused);
+        atomicGet(l->rate,rate);
         if (stop) {
             loaderFail(l,"stopped");
             return 0;
         }
+        monotime now = getMonotonicUs();
+        double most = rate*(PACE_BURST/1000.0)+1;
+        if (paused || l->allowed_at == 0) l->allowed = 0;
+        else l->allowed += (now - l->allowed_at)/1e6*rate;
+        l->allowed_at = now;
+        if (l->allowed > most) l->allowed = most;
+        if (!paused && rate == 0) return len;
+        if (!paused && l->allowed >= 1) return len < l->allowed ? len : (size_t)l->allowed;
+        usleep(paused ? 10000 : 1000);
+    }
+}
+
+/* Some bytes from the connection; 0 when there will be none. */
+static size_t loaderReceive(slotMigLoader *l, void *buf, size_t room) {
+    long long idle = 0;
+    for (;;) {
+        size_t len = loaderMayRead(l,room);
+        if (len == 0) return 0;
         /* With TLS an ordinary read would look for the event loop, which the
          * connection does not have any more; a synchronous one waits itself. */
         int n = l->tls ? connSyncRead(l->conn,buf,len,LOADER_POLL) : connRead(l->conn,buf,len);
         if (n > 0) {
+            l->allowed -= n;
             atomicIncr(l->bytes,n);
             return n;
         }
@@ -156,6 +194,17 @@ static void loaderSum(slotMigLoader *l, size_t but) {
 static size_t loaderRead(rio *r, void *dst, size_t len) {
     slotMigLoader *l = (slotMigLoader*)r;
     char *p = dst;
+    if (l->replay) {    /* what was counted and summed already */
+        size_t n = sdslen(l->replay) - l->replayed;
+        if (n > len) n = len;
+        memcpy(p,l->replay+l->replayed,n);
+        p += n;
+        len -= n;
+        if ((l->replayed += n) == sdslen(l->replay)) {
+            sdsfree(l->replay);
+            l->replay = NULL;
+        }
+    }
     while (len) {
         size_t n = l->len - l->pos;
         if (n) {
@@ -172,6 +221,7 @@ static size_t loaderRead(rio *r, void *dst, size_t len) {
             if ((l->len = loaderReceive(l,l->buf,LOADER_BUFFER)) == 0) return 0;
             continue;
         }
+        if (l->capture) l->capture = sdscatlen(l->capture,p,n);
         p += n;
         len -= n;
         l->offset += n;
@@ -193,8 +243,21 @@ static void freeSectionStores(kvstore *keys, kvstore *expires) {
 void slotmigSectionFree(slotMigSection *s) {
     if (s == NULL) return;
     freeSectionStores(s->keys,s->expires);
-    if (s->field_expiry) listRelease(s->field_expiry);
+    for (size_t i = s->decoded; i < s->nraw; i++) {
+        sdsfree(s->raw[i].key);
+        sdsfree(s->raw[i].bytes);
+    }
+    zfree(s->raw);
+    zfree(s->field_expiry);
     zfree(s);
+}
+
+static void freeSection(void *args[]) {
+    slotmigSectionFree(args[0]);
+}
+
+void slotmigSectionDrop(slotMigSection *s) {
+    if (s) bioCreateLazyFreeJob(freeSection,1,s);
 }
 
 static int openSection(slotMigLoader *l) {
@@ -211,6 +274,7 @@ static int openSection(slotMigLoader *l) {
         return C_ERR;
     }
     slotSetAdd(&l->seen,slot);
+    l->section_memory = slotmigThreadMemory();
     l->want_keys = keys;
     l->want_expires = expires;
     l->section = zcalloc(sizeof(*l->section));
@@ -220,6 +284,12 @@ static int openSection(slotMigLoader *l) {
     if (keys <= PRESIZE_MAX) kvstoreExpand(l->section->keys,keys,1,NULL);
     if (expires <= PRESIZE_MAX && expires) kvstoreExpand(l->section->expires,expires,1,NULL);
     return C_OK;
+}
+
+static size_t sectionMemory(slotMigLoader *l) {
+    long long now = slotmigThreadMemory();
+    if (now == 0) return l->offset - l->section_offset + l->section->nkeys*KEY_OVERHEAD;
+    return now > l->section_memory ? now - l->section_memory : 0;
 }
 
 /* Hands the open section over if it is what the source says. */
@@ -248,9 +318,12 @@ static int closeSection(slotMigLoader *l, const char *text, size_t len, uint64_t
     slotRdbIndexAdd(&l->index,&said);
     s->bytes = bytes;
     s->point = said.point;
+    s->memory = sectionMemory(l);
     l->section = NULL;
+    atomicSet(l->open_memory,0);
     pthread_mutex_lock(&l->mutex);
     listAddNodeTail(l->done,s);
+    l->done_memory += s->memory;
     pthread_mutex_unlock(&l->mutex);
     triggerEventNotifier(l->notifier);
     return C_OK;
@@ -284,6 +357,71 @@ static int loadAux(slotMigLoader *l, uint64_t crc, uint64_t bytes, int *indexed)
     return res;
 }
 
+/* Take in the bytes of a module's value. The record names its type and consists
+ * of fields that say what they are, so its end can be found without the module. */
+static int captureModuleValue(slotMigLoader *l, uint64_t *id) {
+    rio *rdb = &l->rdb;
+    uint64_t opcode, n;
+    float f;
+    double d;
+    sds text;
+    l->capture = sdsempty();
+    *id = rdbLoadLen(rdb,NULL);
+    if (rioGetReadError(rdb)) return C_ERR;
+    if (slotmigLoaderModuleType(*id)) return C_OK;
+    while ((opcode = rdbLoadLen(rdb,NULL)) != RDB_MODULE_OPCODE_EOF) {
+        if (rioGetReadError(rdb)) return C_ERR;
+        switch (opcode) {
+        case RDB_MODULE_OPCODE_SINT:
+        case RDB_MODULE_OPCODE_UINT:
+            if (rdbLoadLenByRef(rdb,NULL,&n) == -1) return C_ERR;
+            break;
+        case RDB_MODULE_OPCODE_FLOAT:
+            if (rdbLoadBinaryFloatValue(rdb,&f) == -1) return C_ERR;
+            break;
+        case RDB_MODULE_OPCODE_DOUBLE:
+            if (rdbLoadBinaryDoubleValue(rdb,&d) == -1) return C_ERR;
+            break;
+        case RDB_MODULE_OPCODE_STRING:
+            if ((text = rdbGenericLoadStringObject(rdb,RDB_LOAD_SDS,NULL)) == NULL) return C_ERR;
+            sdsfree(text);
+            break;
+        default:
+            loaderFail(l,"a module's value with an unknown field in slot %d at offset %llu",l->section->slot,
+                (unsigned long long)l->offset);
+            return C_ERR;
+        }
+    }
+    return C_OK;
+}
+
+/* A module's value is kept for the main thread; *decode: it need not be. */
+static int loadModuleValue(slotMigLoader *l, sds key, long long expire, long long lfu, long long lru,
+                           long long lru_clock, int *decode)
+{
+    slotMigSection *s = l->section;
+    uint64_t id;
+    int res = captureModuleValue(l,&id);
+    sds bytes = l->capture;
+    l->capture = NULL;
+    *decode = 0;
+    if (res == C_ERR) {
+        sdsfree(bytes);
+        return C_ERR;
+    }
+    if (slotmigLoaderModuleType(id)) {
+        l->replay = bytes;
+        l->replayed = 0;
+        *decode = 1;
+        return C_OK;
+    }
+    if ((s->nraw & (s->nraw-1)) == 0) s->raw = zrealloc(s->raw,sizeof(*s->raw)*(s->nraw ? s->nraw*2 : 1));
+    s->raw[s->nraw++] = (slotMigRawValue){ key, bytes, expire, lfu, lru, lru_clock };
+    s->nkeys++;
+    if (expire != -1) s->nexpires++;
+    return C_OK;
+}
+
 static int loadKey(slotMigLoader *l, int type, long long expire, long long lfu, long long lru, long long lru_clock) {
     slotMigSection *s = l->section;
     int error;
@@ -297,6 +435,14 @@ static int loadKey(slotMigLoader *l, int type, long long expire, long long lfu, 
         loaderFail(l,"a key of slot %d in the section of slot %d",(int)keyHashSlot(key,sdslen(key)),s->slot);
         sdsfree(key);
         return C_ERR;
+    }
+    if (type == RDB_TYPE_MODULE_2) {
+        int decode;
+        if (loadModuleValue(l,key,expire,lfu,lru,lru_clock,&decode) == C_ERR) {
+            sdsfree(key);
+            return C_ERR;
+        }
+        if (!decode) return C_OK;
     }
     robj *o = rdbLoadObject(type,&l->rdb,key,0,&error);
     if (o == NULL) {
@@ -323,9 +469,11 @@ static int loadKey(slotMigLoader *l, int type, long long expire, long long lfu, 
         s->nexpires++;
     }
     if (o->type == OBJ_HASH && hashTypeGetMinExpire(o,1) != EB_EXPIRE_TIME_INVALID) {
-        if (s->field_expiry == NULL) s->field_expiry = listCreate();
-        listAddNodeTail(s->field_expiry,de);
+        size_t n = s->nfield_expiry++;
+        if ((n & (n-1)) == 0) s->field_expiry = zrealloc(s->field_expiry,sizeof(de)*(n ? n*2 : 1));
+        s->field_expiry[n] = de;
     }
+    atomicSet(l->open_memory,sectionMemory(l));
     return C_OK;
 }
 
@@ -424,12 +572,14 @@ static void *loaderMain(void *arg) {
     slotMigLoader *l = arg;
     redis_set_thread_title("slot_loader");
     makeThreadKillable();
-    this_loader = l;
+    this_reader = &l->reader;
     int res = loadSnapshot(l);
     if (res == C_ERR) loaderFail(l,"the snapshot cannot be read at offset %llu",(unsigned long long)l->offset);
     slotmigSectionFree(l->section);
     l->section = NULL;
-    this_loader = NULL;
+    atomicSet(l->open_memory,0);
+    sdsfree(l->replay);
+    this_reader = NULL;
     pthread_mutex_lock(&l->mutex);
     l->state = res == C_OK ? 1 : -1;
     pthread_mutex_unlock(&l->mutex);
@@ -443,7 +593,10 @@ static void loaderWoken(struct aeEventLoop *el, int fd, void *data, int mask) {
     UNUSED(el); UNUSED(fd); UNUSED(mask);
     slotMigLoader *l = data;
     handleEventNotifier(l->notifier);
-    if (!slotmigMustNotExecute()) l->wake(l->arg);  /* may free the loader; else the timer comes */
+    if (slotmigMustNotExecute()) return;
+    slotMigWork was = slotmigWork(WORK_checks);
+    l->wake(l->arg);  /* may free the loader; else the timer comes */
+    slotmigWork(was);
 }
 
 /* Takes the connection; must not be called from inside one of its handlers. `wake(arg)` is called
@@ -459,8 +612,8 @@ slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, void (
     slotSetClear(&l->seen);
     slotRdbIndexInit(&l->index);
     l->idle_limit = server.repl_timeout*1000LL;
-    l->vectorset = moduleTypeLookupModuleByName("vectorset");
-    if (l->vectorset) l->vectorset_id = l->vectorset->id;
+    l->reader.vectorset = moduleTypeLookupModuleByName("vectorset");
+    if (l->reader.vectorset) l->reader.vectorset_id = l->reader.vectorset->id;
     slotRdbCombineCrc(0,0,1);   /* fills a table that threads then only read */
     pthread_mutex_init(&l->mutex,NULL);
     l->done = listCreate();
@@ -493,16 +646,49 @@ slotMigSection *slotmigLoaderNext(slotMigLoader *l) {
     if (ln) {
         s = listNodeValue(ln);
         listDelNode(l->done,ln);
+        l->done_memory -= s->memory;
     }
     pthread_mutex_unlock(&l->mutex);
     return s;
+}
+
+void slotmigLoaderPace(slotMigLoader *l, long long rate, int paused) {
+    atomicSet(l->rate,rate);
+    atomicSet(l->paused,paused);
+}
+
+size_t slotmigLoaderMemory(slotMigLoader *l) {
+    size_t open;
+    atomicGet(l->open_memory,open);
+    pthread_mutex_lock(&l->mutex);
+    size_t done = l->done_memory;
+    pthread_mutex_unlock(&l->mutex);
+    return open+done;
+}
+
+/* As the loader's thread would, for types that must be decoded here. */
+robj *slotmigDecodeValue(const slotMigRawValue *v, sds *error) {
+    rdbReader reader = { .on_main = 1 };
+    rio rdb;
+    int code;
+    rioInitWithBuffer(&rdb,v->bytes);
+    this_reader = &reader;
+    robj *o = rdbLoadObject(RDB_TYPE_MODULE_2,&rdb,v->key,0,&code);
+    this_reader = NULL;
+    if (o == NULL) {
+        *error = sdscatprintf(sdsempty(),"key '%.64s': %s",v->key,reader.error[0] ? reader.error : "its value cannot be read");
+        return NULL;
+    }
+    initObjectLRUOrLFU(o);
+    objectSetLRUOrLFU(o,v->lfu,v->lru,v->lru_clock,1000);
+    return o;
 }
 
 int slotmigLoaderState(slotMigLoader *l, const char **error, unsigned long long *bytes) {
     pthread_mutex_lock(&l->mutex);
     int state = listLength(l->done) ? 0 : l->state;
     pthread_mutex_unlock(&l->mutex);
-    if (error) *error = l->error;   /* written before the state was */
+    if (error) *error = l->reader.error;   /* written before the state was */
     if (bytes) atomicGet(l->bytes,*bytes);
     return state;
 }

@@ -22,9 +22,10 @@
  * until it is freed ("has field TTLs <=> registered"): RENAME and COPY rely on
  * it, and freeing a registered hash in the background is an assertion there.
  *
- * On the source, slotmigDetachSlot() is the reverse: a slot leaves database 0 in
- * O(1) and is freed in the background, after slotmigUnlinkFieldExpiry() has
- * taken its hashes out of the database's ebuckets, in slices.
+ * On the source a slot leaves database 0 for a *limbo*, in O(1). Hashes in it are
+ * still registered in the database's ebuckets: slices take them out, upstream's
+ * active expiry forgets those that it meets (slotmigFieldExpiryLeaves()), and only
+ * then the limbo is freed in the background.
  *
  * All on the main thread, but for slotmigEbTag() and slotmigSection*().
  *
@@ -148,6 +149,17 @@ void slotmigShadowRegister(slotMigShadow *s, dictEntry *hash) {
     hashTypeAddToExpires(&s->db,dictGetKey(hash),o,hashTypeGetMinExpire(o,1));
 }
 
+/* Add a key to a slot that is attached. Takes the key and the value; C_ERR: the
+ * key is there already, nothing was taken. */
+int slotmigShadowAdd(slotMigShadow *s, int slot, sds key, robj *o, long long expire) {
+    dictEntry *de = kvstoreDictAddRaw(s->db.keys,slot,key,NULL);
+    if (de == NULL) return C_ERR;
+    kvstoreDictSetVal(s->db.keys,slot,de,o);
+    updateKeysizesHist(&s->db,slot,o->type,-1,getObjectLength(o));
+    if (expire != -1) dictSetSignedIntegerVal(kvstoreDictAddRaw(s->db.expires,slot,key,NULL),expire);
+    return C_OK;
+}
+
 /* Move all slots into database 0, where these slots are empty. Frees the
  * shadow. The number of keys. */
 unsigned long long slotmigShadowMerge(slotMigShadow *s, const slotSet *slots) {
@@ -165,6 +177,13 @@ unsigned long long slotmigShadowMerge(slotMigShadow *s, const slotSet *slots) {
     return keys;
 }
 
+/* All its keys go, in the background. */
+void slotmigShadowEmpty(slotMigShadow *s) {
+    freeStoresInBackground(s->db.keys,s->db.expires,s->db.hexpires);
+    createSlotStores(&s->db.keys,&s->db.expires);
+    s->db.hexpires = ebCreate();
+}
+
 void slotmigShadowDrop(slotMigShadow *s) {
     if (s == NULL) return;
     freeStoresInBackground(s->db.keys,s->db.expires,s->db.hexpires);
@@ -175,7 +194,7 @@ void slotmigShadowDrop(slotMigShadow *s) {
 
 /* Move hashes of merged shadows to the ebuckets of database 0, until the clock
  * reads `until`. 1: nothing is left. */
-int slotmigShadowDrainStep(monotime until) {
+static int drainShadows(monotime until) {
     for (int i = 1; i < SHADOWS; i++) {
         if (shadows[i].state != SHADOW_DRAINING) continue;
         ebuckets *from = &shadows[i].db.hexpires;
@@ -204,7 +223,7 @@ int slotmigAnyShadowDraining(void) {
 
 /* Database 0 is about to be emptied: what is still registered in a merged
  * shadow's ebuckets goes with it. */
-void slotmigShadowFlushed(void) {
+static void shadowsFlushed(void) {
     for (int i = 1; i < SHADOWS; i++) {
         if (shadows[i].state != SHADOW_DRAINING) continue;
         ebDestroy(&shadows[i].db.hexpires,&hashExpireBucketsType,NULL);
@@ -214,46 +233,125 @@ void slotmigShadowFlushed(void) {
 
 /* ---- the source's side: slots that leave database 0 ---- */
 
+/* The key of a hash with field TTLs; none other knows its key. */
+sds slotmigFieldExpiryKey(robj *o) {
+    return o->encoding == OBJ_ENCODING_LISTPACK_EX ? ((listpackEx*)o->ptr)->key
+                                                   : ((dictExpireMetadata*)dictMetadata((dict*)o->ptr))->key;
+}
+
+struct slotMigLimbo {
+    kvstore *keys, *expires;
+    slotSet slots;
+    int registered;         /* some of the hashes may be in the database's ebuckets */
+    int slot;               /* next to look at */
+    unsigned long long cursor;
+};
+
+static list *limbos;        /* all that exist */
+static list *left_alone;    /* those of them that nobody else steps */
+
+slotMigLimbo *slotmigLimboCreate(void) {
+    slotMigLimbo *limbo = zcalloc(sizeof(*limbo));
+    createSlotStores(&limbo->keys,&limbo->expires);
+    if (limbos == NULL) {
+        limbos = listCreate();
+        left_alone = listCreate();
+    }
+    listAddNodeTail(limbos,limbo);
+    return limbo;
+}
+
+/* Take a slot out of database 0. The number of its keys. */
+unsigned long long slotmigLimboTake(slotMigLimbo *limbo, int slot) {
+    redisDb *db = server.db;
+    unsigned long long keys = kvstoreDictSize(db->keys,slot);
+    if (keys == 0) return 0;
+    kvstoreMoveDict(db->keys,slot,limbo->keys,slot);
+    kvstoreMoveDict(db->expires,slot,limbo->expires,slot);
+    slotSetAdd(&limbo->slots,slot);
+    if (db->hexpires || slotmigAnyShadowDraining()) limbo->registered = 1;
+    return keys;
+}
+
+/* From upstream's active expiry of hash fields: must the hash be forgotten? */
+int slotmigFieldExpiryLeaves(robj *o) {
+    listIter li;
+    listNode *ln;
+    if (__builtin_expect(limbos == NULL || listLength(limbos) == 0,1)) return 0;
+    sds key = slotmigFieldExpiryKey(o);
+    int slot = keyHashSlot(key,sdslen(key));
+    listRewind(limbos,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (slotSetHas(&((slotMigLimbo*)listNodeValue(ln))->slots,slot)) return 1;
+    return 0;
+}
+
 static void unlinkFieldExpiry(void *privdata, const dictEntry *de) {
     UNUSED(privdata);
     robj *o = dictGetVal(de);
     if (o->type == OBJ_HASH) hashTypeRemoveFromExpires(&server.db[0].hexpires,o);
 }
 
-/* Unregister the slot's hashes with field TTLs, from `cursor` on (0 at first),
- * until the clock reads `until`. 1: the slot is finished. The slot must be
- * closed to clients: nothing may register such a hash any more. */
-int slotmigUnlinkFieldExpiry(int slot, unsigned long long *cursor, monotime until) {
-    redisDb *db = server.db;
-    if (kvstoreDictSize(db->keys,slot) == 0) return 1;
-    if (db->hexpires == NULL && !slotmigAnyShadowDraining()) return 1;
-    for (int n = 1; ; n++) {
-        *cursor = kvstoreScan(db->keys,*cursor,slot,unlinkFieldExpiry,NULL,NULL);
-        if (*cursor == 0) return 1;
-        if (n % DRAIN_CHECK == 0 && getMonotonicUs() >= until) return 0;
+/* Take hashes out of the database's ebuckets until the clock reads `until`. 1:
+ * none is left there. */
+int slotmigLimboStep(slotMigLimbo *limbo, monotime until) {
+    int n = 0;
+    if (!limbo->registered) return 1;
+    while ((limbo->slot = slotSetNext(&limbo->slots,limbo->slot)) != -1) {
+        do {
+            limbo->cursor = kvstoreScan(limbo->keys,limbo->cursor,limbo->slot,unlinkFieldExpiry,NULL,NULL);
+            if (++n % DRAIN_CHECK == 0 && getMonotonicUs() >= until && limbo->cursor) return 0;
+        } while (limbo->cursor);
+        limbo->slot++;
+        if (getMonotonicUs() >= until) return 0;
     }
+    limbo->registered = 0;
+    return 1;
 }
 
-struct slotMigLimbo { kvstore *keys, *expires; };
-
-slotMigLimbo *slotmigLimboCreate(void) {
-    slotMigLimbo *limbo = zmalloc(sizeof(*limbo));
-    createSlotStores(&limbo->keys,&limbo->expires);
-    return limbo;
-}
-
-/* Take a slot, whose field expiry is unlinked, out of database 0. The number
- * of its keys. */
-unsigned long long slotmigLimboTake(slotMigLimbo *limbo, int slot) {
-    unsigned long long keys = kvstoreDictSize(server.db[0].keys,slot);
-    kvstoreMoveDict(server.db[0].keys,slot,limbo->keys,slot);
-    kvstoreMoveDict(server.db[0].expires,slot,limbo->expires,slot);
-    return keys;
-}
-
-/* Frees what was taken, in the background. */
+/* Frees what was taken, in the background; what is still registered first becomes
+ * unregistered, by and by. */
 void slotmigLimboFree(slotMigLimbo *limbo) {
     if (limbo == NULL) return;
+    if (limbo->registered) {
+        listAddNodeTail(left_alone,limbo);
+        slotmigDrainSoon();
+        return;
+    }
+    listDelNode(limbos,listSearchKey(limbos,limbo));
     freeStoresInBackground(limbo->keys,limbo->expires,NULL);
     zfree(limbo);
+}
+
+static int drainLimbos(monotime until) {
+    while (left_alone && listLength(left_alone)) {
+        slotMigLimbo *limbo = listNodeValue(listFirst(left_alone));
+        if (!slotmigLimboStep(limbo,until)) return 0;
+        listDelNode(left_alone,listFirst(left_alone));
+        slotmigLimboFree(limbo);
+    }
+    return 1;
+}
+
+/* Database 0 is about to be emptied: its ebuckets goes to be destroyed, before
+ * what we free after it. */
+static void limbosFlushed(void) {
+    listIter li;
+    listNode *ln;
+    if (limbos == NULL) return;
+    listRewind(limbos,&li);
+    while ((ln = listNext(&li)) != NULL) ((slotMigLimbo*)listNodeValue(ln))->registered = 0;
+}
+
+/* ---- both ---- */
+
+/* 1: nothing is left to do. */
+int slotmigDrainStep(monotime until) {
+    return drainShadows(until) && drainLimbos(until);
+}
+
+/* Before database 0 is emptied. */
+void slotmigShadowFlushed(void) {
+    shadowsFlushed();
+    limbosFlushed();
 }

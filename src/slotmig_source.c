@@ -22,12 +22,23 @@
  *
  * The fence. Behind it wait: commands that write, or may replicate, on a moving
  * slot, and slot-less ones that could write anywhere (scripts without keys).
- * FLUSHALL and its like do not wait, they end the job. Reads of the moving slots
- * expire nothing; the active expire cycle and eviction stop for these milliseconds.
+ * FLUSHALL and its like do not wait: they end the attempt, since behind it the slots
+ * would be gone and their keys flushed nowhere. Reads of the moving slots expire nothing; the active expire cycle and eviction stop for these milliseconds.
  * (Upstream's pause of expiry must not be used: it takes for granted that nobody
  * writes, and a write to an expired key of another slot would be an assertion.)
+ * (An operator's HOLD and PAUSE keep the fence down; PAUSE also stops the snapshot's
+ * bytes, at the target.)
  * What cannot be made to wait (a module's timer) is seen by the feed, and the
  * attempt is discarded: nothing that was acknowledged is ever behind a cut.
+ *
+ * Pace. What the target has not applied yet waits in memory, here and there, below
+ * cluster-slot-migration-buffer-limit. When writers of the slots are faster than
+ * that, they, and nobody else, are slowed: each byte that their commands put into
+ * the stream is taken from an allowance that grows at job->writers_rate; while it
+ * is used up, such commands wait. While the snapshot is on its way the rate is what
+ * fills the limit just when it ends; then a little less than what the target
+ * applies, so that its lag shrinks. Not when the target is silent, nor when the
+ * operator paused the job: then it fails at the limit instead.
  *
  * Must never happen: COMMIT after a write behind the cut; a fence that outlives
  * its attempt; a slot served here after COMMIT while the target may take it.
@@ -41,14 +52,26 @@
 #include "slot_rdb.h"
 #include <sys/wait.h>
 
+#define CHECK_PERIOD 10             /* ms between two looks at what must hold */
 #define ASK_PERIOD 200              /* ms between two questions to a silent target */
 #define RETRY_PERIOD 100            /* ms until the next attempt after a discarded one */
 #define RETRY_DOUBLINGS 6           /* of it, attempt by attempt */
+#define TRIM_CHECK 16               /* slots trimmed between two looks at the clock */
 #define LAG_AT_FIRST (64*1024)      /* bytes that the target takes in one turn of its event loop */
 #define LAG_DOUBLES 100             /* ms in which the allowed lag doubles */
+#define CATCH_UP 500                /* ms in which the target may catch up before writers are slowed, then slowed more */
+#define SLOW_AT_FIRST 0.9           /* of what the target applies */
+#define SLOWER 0.85                 /* each CATCH_UP */
+#define SLOWEST 0.2
+#define PACE_PERIOD 10              /* ms between two settings of the pace */
+#define ALLOWANCE 20                /* ms of the pace that may be used at once */
 #define SILENCE 1000                /* ms without a word from the target that make a hand-off hopeless */
 #define ASK_ANYWAY 1000             /* ms after the commit when a link that seems alive is not trusted */
+#define WROTE_BEHIND_FENCE "something wrote to the slots behind the fence"
 #define ESTIMATE_SAMPLES 64         /* keys looked at to guess the bytes of a job */
+#define ESTIMATE_EXACTLY (16*1024)  /* bytes of memory up to which a sample is written to nowhere to learn its size */
+#define DICT_ENTRY_BYTES 48         /* of an entry and its share of the table */
+#define RECORD_BYTES 5              /* of a key's record besides key and value: type, length, idle time */
 
 /* upstream's, not declared in its headers */
 int RM_Fork(void (*done)(int exitcode, int bysignal, void *user_data), void *user_data);
@@ -66,6 +89,15 @@ struct slotMigSource {
     int child;                      /* pid, 0: none */
     long long point;                /* stream offset of the snapshot */
     int wrote;                      /* something wrote to the slots behind the cut */
+    int flushed;                    /* the keys were flushed, the stream does not tell of it yet */
+    size_t largest_unit;            /* bytes of the stream */
+    double unit_bytes;              /* a unit's, on average */
+    double allowance;               /* bytes that writers may stream now, below 0: they wait */
+    monotime allowance_at, applied_at;
+    unsigned long long applied_then;
+    double applied_rate;            /* bytes per second that the target applies */
+    int slowing;                    /* the slots are in `slowed` */
+    mstime_t next_pace, next_check;
     sds held_prepared;              /* PREPARED, held by a fail point */
     sds doomed;                     /* what the feed found; it must not end a job itself */
     monotime fenced_at;
@@ -73,14 +105,13 @@ struct slotMigSource {
     slotMigDial *ask;
     mstime_t next_ask;
     uint64_t cut_epoch;             /* of ours, that CUT told */
-    int trim_slot;                  /* next to trim */
-    unsigned long long trim_cursor;
+    int trim_slot;                  /* next to trim, -1: none is left */
     slotMigLimbo *limbo;
 };
 
 /* Of all jobs together. A slot is in at most one job. */
-static slotSet fenced, closed;
-static int fences;
+static slotSet fenced, closed, slowed;
+static int fences, slowings;
 
 static void sourceFrame(slotMigJob *job, int type, frameReader *r);
 static void sourceClosed(slotMigJob *job, const char *why);
@@ -96,31 +127,22 @@ int slotmigSourceFollows(const slotMigJob *job) {
         (job->state == SLOTMIG_SNAPSHOT || job->state == SLOTMIG_STREAMING || job->state == SLOTMIG_FENCED);
 }
 
-void slotmigSourceWrote(slotMigJob *job, size_t bytes) {
-    job->stream_bytes += bytes;
-    job->src->wrote = 1;
-}
 
 void slotmigSourceDoom(slotMigJob *job, sds error) {
     if (job->src->doomed) sdsfree(error);
     else job->src->doomed = error;
 }
 
-static void flushComes(slotMigJob *job, void *arg) {
-    UNUSED(arg);
-    if (job->role == SLOTMIG_SOURCE) slotmigSourceFlushed(job);
-}
-
-static int isFlush(struct redisCommand *cmd) {
+int slotmigIsFlush(struct redisCommand *cmd) {
     return cmd->proc == flushallCommand || cmd->proc == flushdbCommand || cmd->proc == sflushCommand;
 }
 
 /* Will this command flush, now? */
 static int flushes(client *c) {
-    if (!(c->flags & CLIENT_MULTI)) return isFlush(c->cmd);
+    if (!(c->flags & CLIENT_MULTI)) return slotmigIsFlush(c->cmd);
     if (c->cmd->proc != execCommand) return 0;      /* only queued */
     for (int i = 0; i < c->mstate.count; i++)
-        if (isFlush(c->mstate.commands[i].cmd)) return 1;
+        if (slotmigIsFlush(c->mstate.commands[i].cmd)) return 1;
     return 0;
 }
 
@@ -130,21 +152,17 @@ int slotmigExpiryWaits(int slot) {
 
 int slotmigFieldExpiryWaits(robj *o) {
     if (__builtin_expect(!fences,1)) return 0;
-    sds key = o->encoding == OBJ_ENCODING_LISTPACK_EX ? ((listpackEx*)o->ptr)->key
-                                                      : ((dictExpireMetadata*)dictMetadata((dict*)o->ptr))->key;
+    sds key = slotmigFieldExpiryKey(o);
     return slotSetHas(&fenced,keyHashSlot(key,sdslen(key)));
 }
 
 /* Called for every command that is about to run, after redirections. */
 int slotmigMustWait(client *c, int may_replicate) {
-    if (!fences || !may_replicate) return 0;
+    if ((!fences && !slowings) || !may_replicate) return 0;
     if ((c->cmd->flags & (CMD_PUBSUB|CMD_WRITE)) == CMD_PUBSUB) return 0;   /* writes nothing */
-    if (flushes(c)) {
-        /* If it waited, it would find the slots gone, and their keys flushed nowhere. */
-        slotmigEachJob(flushComes,NULL);
-        if (!fences) return 0;
-    }
-    if (c->slot >= 0) return slotSetHas(&fenced,c->slot);
+    if (flushes(c)) return 0;
+    if (c->slot >= 0) return slotSetHas(&fenced,c->slot) || slotSetHas(&slowed,c->slot);
+    if (!fences) return 0;
     /* No key was named: it may write anywhere. */
     if (c->cmd->proc == execCommand) return (c->mstate.cmd_flags & (CMD_WRITE|CMD_MAY_REPLICATE)) != 0;
     return 1;
@@ -180,6 +198,111 @@ static void slotSetChange(slotSet *all, const slotSet *some, int in) {
     all->count += in ? some->count : -some->count;
 }
 
+/* ---- pace ---- */
+
+int slotmigSourceSlows(void) {
+    return slowings != 0;
+}
+
+static void slowWriters(slotMigJob *job, int slow) {
+    if (job->src->slowing == slow) return;
+    job->src->slowing = slow;
+    slotSetChange(&slowed,&job->slots,slow);
+    slowings += slow ? 1 : -1;
+}
+
+/* Writers go on as they like. */
+static void endPace(slotMigJob *job) {
+    if (job->writers_rate == -1) return;
+    job->writers_rate = -1;
+    slowWriters(job,0);
+    unblockPostponedClients();
+}
+
+void slotmigSourceWrote(slotMigJob *job, size_t bytes) {
+    slotMigSource *s = job->src;
+    job->stream_bytes += bytes;
+    s->wrote = 1;
+    if (bytes > s->largest_unit) s->largest_unit = bytes;
+    s->unit_bytes += (bytes - s->unit_bytes)/64;
+    if (job->writers_rate == -1) return;
+    s->allowance -= bytes;
+    if (s->allowance < 0) slowWriters(job,1);
+}
+
+/* Those who waited longest first, and no more than there is for: the others would
+ * only have to wait again. */
+static void wakeWriters(slotMigSource *s) {
+    int n = 1 + s->allowance/(s->unit_bytes+1);
+    listIter li;
+    listNode *ln;
+    listRewind(server.postponed_clients,&li);
+    while (n-- > 0 && (ln = listNext(&li)) != NULL) unblockClient(listNodeValue(ln),1);
+}
+
+static void growAllowance(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    monotime now = getMonotonicUs();
+    if (job->writers_rate == -1) return;
+    double most = job->writers_rate*(ALLOWANCE/1000.0);
+    s->allowance += (now - s->allowance_at)/1e6*job->writers_rate;
+    s->allowance_at = now;
+    if (s->allowance > most) s->allowance = most;
+    if (s->allowance <= 0) return;
+    slowWriters(job,0);
+    if (listLength(server.postponed_clients)) wakeWriters(s);
+}
+
+static void measureApplied(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    monotime now = getMonotonicUs();
+    if (s->applied_at && now - s->applied_at < PACE_PERIOD*1000) return;
+    if (s->applied_at) {
+        double rate = (job->stream_applied - s->applied_then)/((now - s->applied_at)/1e6);
+        s->applied_rate += (rate - s->applied_rate)/4;
+    }
+    s->applied_at = now;
+    s->applied_then = job->stream_applied;
+}
+
+static unsigned long long allowedLag(const slotMigJob *job);
+
+static void setPace(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    double limit = slotmig_config.buffer_limit, lag = job->stream_bytes - job->stream_applied;
+    mstime_t now = mstime(), ms = now - job->state_since;
+    double rate = -1;
+    if (job->control.paused || s->stream == NULL || now - s->stream->last_read > SILENCE) {
+        endPace(job);
+        return;
+    }
+    if (job->state == SLOTMIG_SNAPSHOT && lag > limit/2) {
+        double left = job->bytes_total > job->bytes_done ? job->bytes_total - job->bytes_done : 0;
+        double seconds = job->bytes_done ? left/job->bytes_done*(now - job->started)/1000.0 : 10;
+        double room = limit*7/8 - lag;
+        if (seconds < 0.5) seconds = 0.5;
+        rate = s->applied_rate + (room > 0 ? room/seconds : 0);
+    } else if (job->state == SLOTMIG_STREAMING && !job->control.held && (lag > limit/2 || (ms > CATCH_UP && lag > allowedLag(job)))) {
+        double part = SLOW_AT_FIRST;
+        for (mstime_t t = 2*CATCH_UP; t < ms && part > SLOWEST; t += CATCH_UP) part *= SLOWER;
+        rate = s->applied_rate*part;
+    } else if (job->state == SLOTMIG_STREAMING && lag > limit/2) {
+        rate = s->applied_rate*SLOW_AT_FIRST;
+    }
+    if (rate == -1) {
+        endPace(job);
+        return;
+    }
+    if (rate < limit/64) rate = limit/64;
+    if (job->writers_rate == -1) {
+        s->allowance = 0;
+        s->allowance_at = getMonotonicUs();
+    }
+    job->writers_rate = rate;
+    slotmigSetReason(job,"%.0f bytes wait to be applied: the writers of the slots are slowed to %.0f bytes of the stream per second",
+        lag,rate);
+}
+
 /* ---- checks ---- */
 
 static sds checkSlots(const slotSet *slots) {
@@ -212,10 +335,10 @@ static sds checkSource(const slotSet *slots, clusterNode *target) {
 
 /* ---- OFFERED ---- */
 
-/* A guess at the bytes of the slots' RDB from a few keys, in time that does not
- * depend on their number or size. */
-static unsigned long long estimateBytes(const slotSet *slots, unsigned long long keys) {
-    unsigned long long sum = 0;
+/* A guess at the bytes of the slots' RDB and at the memory that they take, from a
+ * few keys, in time that does not depend on their number or size. */
+static void estimate(const slotSet *slots, unsigned long long keys, unsigned long long *bytes, unsigned long long *memory) {
+    unsigned long long rdb = 0, mem = 0;
     int samples = 0, slot = -1;
     kvstore *kvs = server.db[0].keys;
     int step = slots->count/ESTIMATE_SAMPLES + 1;
@@ -226,10 +349,14 @@ static unsigned long long estimateBytes(const slotSet *slots, unsigned long long
         dictEntry *de = kvstoreDictGetRandomKey(kvs,next);
         robj key, *o = dictGetVal(de);
         initStaticStringObject(key,dictGetKey(de));
-        sum += sdslen(key.ptr) + objectComputeSize(&key,o,5,0);
+        size_t size = objectComputeSize(&key,o,5,0);
+        mem += size + sdsAllocSize(key.ptr) + DICT_ENTRY_BYTES;
+        if (kvstoreDictFind(server.db[0].expires,next,key.ptr)) mem += DICT_ENTRY_BYTES;
+        rdb += sdslen(key.ptr) + RECORD_BYTES + (size < ESTIMATE_EXACTLY ? rdbSavedObjectLen(o,&key,0) : size);
         samples++;
     }
-    return samples ? sum/samples*keys : 0;
+    *bytes = samples ? rdb*keys/samples : 0;
+    *memory = samples ? mem*keys/samples : 0;
 }
 
 static void offerDone(connection *conn, const char *line, const char *error, void *arg) {
@@ -271,7 +398,8 @@ sds slotmigRefuseRole(slotMigRole role) {
 }
 
 /* Checks, and makes the job that asks the target. NULL: *error tells why not. */
-slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, sds *error) {
+slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, const struct slotMigControl *control, sds *error) {
+    unsigned long long memory;
     if ((*error = checkSource(slots,target)) != NULL) return NULL;
     if ((*error = slotmigRefuseRole(SLOTMIG_TARGET)) != NULL) return NULL;
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
@@ -289,11 +417,12 @@ slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, sds *e
     job->src = zcalloc(sizeof(*job->src));
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
         job->keys_total += kvstoreDictSize(server.db[0].keys,j);
-    job->bytes_total = estimateBytes(slots,job->keys_total);
+    estimate(slots,job->keys_total,&job->bytes_total,&memory);
+    job->control = *control;
     slotmigSetReason(job,"asking the target");
 
-    /* CLUSTER SLOTMIG OFFER protocol job source target keys bytes start end ... */
-    int argc = 0, room = 9;
+    /* CLUSTER SLOTMIG OFFER protocol job source target keys bytes memory start end ... */
+    int argc = 0, room = 10;
     sds *argv = zmalloc(sizeof(sds)*room);
     argv[argc++] = sdsnew("CLUSTER");
     argv[argc++] = sdsnew("SLOTMIG");
@@ -304,6 +433,7 @@ slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, sds *e
     argv[argc++] = sdsnew(job->peer);
     argv[argc++] = sdscatfmt(sdsempty(),"%U",job->keys_total);
     argv[argc++] = sdscatfmt(sdsempty(),"%U",job->bytes_total);
+    argv[argc++] = sdscatfmt(sdsempty(),"%U",memory);
     argv = slotmigRangeArgs(argv,&argc,slots);
     job->src->offer = slotmigDial(target,argc,argv,offerDone,job);
     zfree(argv);
@@ -355,6 +485,7 @@ void slotmigSourceBeforeSleep(void) {
             if (conn) {
                 s->stream = slotmigLinkCreate(conn,job,sourceFrame,sourceClosed);
                 slotmigLinkSendLine(s->stream,sdsdup(line));
+                if (job->control.version || job->control.held || job->control.rate) slotmigSendControl(job);
             }
         }
         if (s->snapshot_client && (s->snapshot = takeConnection(&s->snapshot_client)) != NULL) {
@@ -392,6 +523,25 @@ end:
     return res;
 }
 
+/* For tests: what arrives is not what was written and summed. */
+static size_t (*write_undamaged)(rio *r, const void *buf, size_t len);
+
+static size_t writeDamaged(rio *r, const void *buf, size_t len) {
+    long long cut = slotmig_failpoint_at[FP_source_cuts_snapshot], flip = slotmig_failpoint_at[FP_source_flips_byte];
+    long long at = r->processed_bytes;      /* counts what went before */
+    if (slotmigFailPoint(FP_source_cuts_snapshot) == FAILPOINT_FAIL && at + (long long)len > cut) {
+        if (at >= cut) return 1;            /* gone, and nobody noticed */
+        len = cut - at;
+    }
+    if (slotmigFailPoint(FP_source_flips_byte) != FAILPOINT_FAIL || flip < at || flip >= at + (long long)len)
+        return write_undamaged(r,buf,len);
+    sds copy = sdsnewlen(buf,len);
+    copy[flip-at] ^= 0xff;
+    size_t res = write_undamaged(r,copy,len);
+    sdsfree(copy);
+    return res;
+}
+
 /* Runs in the child. 0: all was written. */
 static int saveSnapshot(slotMigJob *job, int64_t point) {
     rio rdb;
@@ -402,7 +552,11 @@ static int saveSnapshot(slotMigJob *job, int64_t point) {
     unsigned long long expires = 0;
 
     server.rdb_compression = 0;     /* costs more than a local network does */
+    /* Idle times are kept under any policy, not only where eviction needs them. */
+    if (!(server.maxmemory_policy & MAXMEMORY_FLAG_LFU)) server.maxmemory_policy |= MAXMEMORY_FLAG_LRU;
     rioInitWithConnset(&rdb,&job->src->snapshot,1);
+    write_undamaged = rdb.write;
+    if (slotmig_failpoints[FP_source_cuts_snapshot] || slotmig_failpoints[FP_source_flips_byte]) rdb.write = writeDamaged;
     rdb.update_cksum = rioGenericUpdateChecksum;
     slotRdbWriterInit(&w,&rdb,0);
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
@@ -443,6 +597,11 @@ static void childDone(int exitcode, int bysignal, void *data) {
 
 static void startSnapshot(slotMigJob *job) {
     slotMigSource *s = job->src;
+    slotMigWork was;
+    if (job->control.paused) {
+        slotmigSetReason(job,"paused: CLUSTER ALTER-SLOT-MIGRATION ID %s RESUME",job->id);
+        return;
+    }
     if (slotmigFailPoint(FP_source_before_fork) == FAILPOINT_PAUSE) {
         slotmigSetReason(job,"paused before the fork");
         return;
@@ -460,10 +619,12 @@ static void startSnapshot(slotMigJob *job) {
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
         job->keys_total += kvstoreDictSize(server.db[0].keys,j);
     connBlock(s->snapshot);
-    connSendTimeout(s->snapshot,server.repl_timeout*1000LL);
+    connSendTimeout(s->snapshot,0);     /* PAUSE may last; when the stream ends, the child is ended */
 
+    was = slotmigWork(WORK_fork);
     int pid = slotmigFailPoint(FP_source_before_fork) == FAILPOINT_FAIL ? -1 : RM_Fork(childDone,job);
     if (pid == 0) RM_ExitFromChild(saveSnapshot(job,s->point));
+    slotmigWork(was);
     if (pid == -1) {
         slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"cannot fork the snapshot's child process: %s",strerror(errno)));
         return;
@@ -481,6 +642,7 @@ static void startSnapshot(slotMigJob *job) {
 
 static void fenceUp(slotMigJob *job) {
     slotMigSource *s = job->src;
+    slotMigWork was = slotmigWork(WORK_fence);
     job->attempt++;
     slotmigSetState(job,SLOTMIG_FENCED,NULL);
     slotSetChange(&fenced,&job->slots,1);
@@ -497,6 +659,7 @@ static void fenceUp(slotMigJob *job) {
     f = slotmigFrameInt(f,server.cluster->currentEpoch,8);
     slotmigLinkSend(s->stream,f);
     slotmigLinkFlush(s->stream);
+    slotmigWork(was);
 }
 
 static void fenceDown(slotMigJob *job) {
@@ -526,10 +689,21 @@ static unsigned long long allowedLag(const slotMigJob *job) {
 static void tryFence(slotMigJob *job) {
     slotMigSource *s = job->src;
     unsigned long long lag = job->stream_bytes - job->stream_applied;
+    if (job->control.paused) {
+        slotmigSetReason(job,"paused: CLUSTER ALTER-SLOT-MIGRATION ID %s RESUME",job->id);
+        return;
+    }
+    if (job->control.held) {
+        if (job->held_since == 0) job->held_since = mstime();
+        if (job->writers_rate == -1)
+            slotmigSetReason(job,"ready and held: CLUSTER ALTER-SLOT-MIGRATION ID %s RELEASE hands it over",job->id);
+        return;
+    }
+    job->held_since = 0;
     if (mstime() < s->next_attempt) return;
     if (slotmigFailPoint(FP_source_before_cut) == FAILPOINT_PAUSE) return;
     if (lag > allowedLag(job)) {
-        slotmigSetReason(job,"the target lags %llu bytes behind the writes",lag);
+        if (job->writers_rate == -1) slotmigSetReason(job,"the target lags %llu bytes behind the writes",lag);
         return;
     }
     if (mstime() - s->stream->last_read > SILENCE) {
@@ -541,6 +715,7 @@ static void tryFence(slotMigJob *job) {
         return;
     }
     if (isInsideYieldingLongCommand() || server.in_exec) return;
+    endPace(job);
     fenceUp(job);
 }
 
@@ -627,8 +802,8 @@ static void prepared(slotMigJob *job, frameReader *r) {
         discardAttempt(job,"fail point source_before_commit");
         return;
     }
-    if (job->src->wrote || job->src->doomed) {
-        discardAttempt(job,"something wrote to the slots behind the fence");
+    if (job->src->wrote || job->src->doomed || job->src->flushed) {
+        discardAttempt(job,WROTE_BEHIND_FENCE);
         return;
     }
     if (epoch <= server.cluster->myself->configEpoch || s->cut_epoch != server.cluster->myself->configEpoch) {
@@ -691,10 +866,8 @@ void slotmigSlotIsOurs(int slot) {
 }
 
 int slotmigDropsGivenSlot(int slot) {
-    unsigned long long cursor = 0;
     clusterNode *owner = server.cluster->slots[slot];
     if (!slotSetHas(&given,slot) || owner == NULL || owner == server.cluster->myself) return 0;
-    slotmigUnlinkFieldExpiry(slot,&cursor,UINT64_MAX);
     slotMigLimbo *limbo = slotmigLimboCreate();
     unsigned long long keys = slotmigLimboTake(limbo,slot);
     slotmigLimboFree(limbo);
@@ -741,6 +914,7 @@ static void touchWatchedKeys(slotMigJob *job) {
 /* The target has the slots, with this epoch. */
 static void handOffDone(slotMigJob *job, uint64_t epoch) {
     clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
+    slotMigWork was = slotmigWork(WORK_handover);
     serverAssert(job->state == SLOTMIG_COMMITTED);
     slotmigDialCancel(job->src->ask);
     job->src->ask = NULL;
@@ -770,6 +944,7 @@ static void handOffDone(slotMigJob *job, uint64_t epoch) {
     if (server.tracking_clients) trackingInvalidateKeysOnFlush(1);
     touchWatchedKeys(job);
     job->src->limbo = slotmigLimboCreate();
+    slotmigWork(was);
 }
 
 /* The target will never take this attempt: the slots are ours again. Its claim
@@ -795,9 +970,7 @@ static void takeBack(slotMigJob *job, const char *why) {
     /* Slots that a third node took meanwhile. */
     slotMigLimbo *limbo = slotmigLimboCreate();
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
-        unsigned long long cursor = 0;
         if (server.cluster->slots[j] == myself || !clusterNodeIsMaster(myself)) continue;
-        slotmigUnlinkFieldExpiry(j,&cursor,UINT64_MAX);
         slotmigLimboTake(limbo,j);
     }
     slotmigLimboFree(limbo);
@@ -860,17 +1033,16 @@ static void trimStep(slotMigJob *job) {
     slotMigSource *s = job->src;
     monotime until = slotmigSliceEnd();
     if (slotmigFailPoint(FP_source_before_trim) == FAILPOINT_PAUSE) return;
-    while (clusterNodeIsMaster(server.cluster->myself)) {
-        int slot = slotSetNext(&job->slots,s->trim_slot);
+    while (s->trim_slot != -1 && clusterNodeIsMaster(server.cluster->myself)) {
+        int slot = s->trim_slot = slotSetNext(&job->slots,s->trim_slot);
         if (slot == -1) break;
-        if (!slotmigUnlinkFieldExpiry(slot,&s->trim_cursor,until)) return;
         unsigned long long keys = slotmigLimboTake(s->limbo,slot);
         job->trimmed += keys;
         server.dirty += keys;
         s->trim_slot = slot+1;
-        s->trim_cursor = 0;
-        if (getMonotonicUs() >= until) return;
+        if (slot % TRIM_CHECK == 0 && getMonotonicUs() >= until) return;
     }
+    if (!slotmigLimboStep(s->limbo,until)) return;
     slotmigDatasetChanged();
     clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
     slotmigEndJob(job,SLOTMIG_DONE,NULL);
@@ -895,6 +1067,7 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
         job->keys_done = keys;
         job->bytes_done = bytes;
         job->stream_applied = applied;
+        measureApplied(job);
         if (complete && job->state == SLOTMIG_SNAPSHOT) {
             job->bytes_total = bytes;
             slotmigSetState(job,SLOTMIG_STREAMING,NULL);
@@ -903,7 +1076,11 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
         break;
     }
     case FRAME_PREPARED:
+        slotmigWork(WORK_commit);
         prepared(job,r);
+        break;
+    case FRAME_CONTROL:
+        slotmigGotControl(job,r);
         break;
     case FRAME_TAKEN: {
         uint64_t n = frameGetInt(r,8), epoch = frameGetInt(r,8);
@@ -944,9 +1121,13 @@ static void sourceClosed(slotMigJob *job, const char *why) {
     }
 }
 
-void slotmigSourceFlushed(slotMigJob *job) {
-    if (slotmigCancellable(job))
-        slotmigFail(job,SLOTMIG_FAILED,sdsnew("the node's keys were flushed in the middle: start the migration again"));
+void slotmigSourceFlushes(slotMigJob *job) {
+    if (slotmigSourceFollows(job)) job->src->flushed = 1;
+}
+
+void slotmigSourceFlushFed(slotMigJob *job) {
+    job->src->flushed = 0;
+    job->keys_total = job->keys_done = 0;
 }
 
 /* ---- the step ---- */
@@ -956,16 +1137,33 @@ void slotmigSourceStep(slotMigJob *job) {
     if (s->stream) slotmigLinkTick(s->stream);
     if (slotmigEnded(job)) return;
     if (slotmigCancellable(job)) {
-        sds error = s->doomed ? sdsdup(s->doomed) : checkSource(&job->slots,slotmigPeer(job));
+        sds error = s->doomed ? sdsdup(s->doomed) : NULL;
+        if (error == NULL && mstime() >= s->next_check) {
+            s->next_check = mstime()+CHECK_PERIOD;
+            error = checkSource(&job->slots,slotmigPeer(job));
+        }
+        if (error == NULL && s->flushed)
+            error = sdsnew("the node's keys were replaced in the middle, not by a command: start the migration again");
         if (error) {
             slotmigFail(job,SLOTMIG_FAILED,error);
             return;
         }
-        if (s->stream && s->stream->out_bytes > slotmig_config.buffer_limit) {
-            slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the writes to the slots are faster than the target: "
-                "%zu bytes wait, raise cluster-slot-migration-buffer-limit",s->stream->out_bytes));
+        unsigned long long lag = job->stream_bytes - job->stream_applied;
+        if (job->control.paused && lag > slotmig_config.buffer_limit) {
+            slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"paused for too long: %llu bytes of writes to the slots "
+                "wait, raise cluster-slot-migration-buffer-limit",lag));
             return;
         }
+        if (s->stream && s->stream->out_bytes > 2*slotmig_config.buffer_limit+s->largest_unit) {
+            slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the writes to the slots are faster than the target and "
+                "cannot be slowed: %zu bytes wait, raise cluster-slot-migration-buffer-limit",s->stream->out_bytes));
+            return;
+        }
+        if (mstime() >= s->next_pace) {
+            s->next_pace = mstime()+PACE_PERIOD;
+            setPace(job);
+        }
+        growAllowance(job);
     }
     switch (job->state) {
     case SLOTMIG_WAITING:
@@ -988,6 +1186,8 @@ void slotmigSourceStep(slotMigJob *job) {
     case SLOTMIG_FENCED:
         if ((long long)(getMonotonicUs() - s->fenced_at) > slotmig_config.write_pause_timeout*1000)
             discardAttempt(job,"the target was not prepared within cluster-slot-migration-write-pause-timeout");
+        else if (s->wrote)
+            discardAttempt(job,WROTE_BEHIND_FENCE);
         else if (s->held_prepared && !slotmigFailPoint(FP_source_before_commit))
             releasePrepared(job);
         else if (mstime() - s->stream->last_read > SILENCE)
@@ -997,6 +1197,7 @@ void slotmigSourceStep(slotMigJob *job) {
         askTarget(job);
         break;
     case SLOTMIG_TRIMMING:
+        slotmigWork(WORK_trim);
         trimStep(job);
         break;
     default:
@@ -1012,6 +1213,7 @@ static void releaseClient(uint64_t id) {
 
 void slotmigSourceFree(slotMigJob *job) {
     slotMigSource *s = job->src;
+    endPace(job);
     /* The state is an ending one already: what it was before tells by what is up. */
     if (slotSetNext(&job->slots,0) != -1) {
         int first = slotSetNext(&job->slots,0);

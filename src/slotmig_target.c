@@ -24,6 +24,12 @@
  * An error of any such command fails the job: a hand-off with a key missing is
  * the worst that this program could do.
  *
+ * Memory. The shadow and what waits are not counted for eviction
+ * (slotmigNotCountedMemory()), so no key of this node is evicted for them; when
+ * they do not fit below maxmemory the job ends. Commands that wait for their
+ * slot's section are bounded by cluster-slot-migration-buffer-limit: past it the
+ * stream is not read, and the source slows the slots' writers down.
+ *
  * Must never happen: taking a slot without COMMIT; two attempts taken; a key
  * of a shadow seen by anyone; a job forgotten while the source may commit it.
  *
@@ -37,9 +43,11 @@
 #include <fcntl.h>
 #include <libgen.h>
 
-#define ACK_PERIOD 50               /* ms between two words about progress */
+#define ACK_PERIOD 50               /* ms between two words about progress, while the snapshot is loaded */
+#define ACK_PERIOD_SHORT 5          /* then: by them the source knows when to hand off */
 #define ASK_PERIOD 200              /* ms between two questions to a silent source */
 #define APPLY_CHECK 16              /* commands applied between two looks at the clock */
+#define CHECK_PERIOD 10             /* ms between two looks at what must hold */
 
 int slotmig_applying;
 
@@ -56,13 +64,17 @@ struct slotMigTarget {
     long long points[CLUSTER_SLOTS];    /* of each ready slot */
     int announced;                  /* the source said SNAPSHOT */
     long long snapshot_point;
-    list *queues[CLUSTER_SLOTS];    /* of queuedOp*, for slots that are not ready or not drained */
+    long long flush_offset;         /* of the last flush: what is older is gone; -1: none */
+    list **queues;                  /* [slot]: of queuedOp*, for slots that are not ready or not drained */
     slotSet draining;               /* ready, but with a queue */
-    size_t queued_bytes;
+    size_t queued_bytes;            /* of the stream */
+    size_t queued_memory;           /* that these commands take */
+    long long shadow_memory;
+    unsigned long long want_memory; /* the source's estimate of it at the end */
     unsigned long long ops_bytes;   /* of frames received */
     uint64_t cut_n, cut_epoch, cut_current;
     long long cut_offset;
-    mstime_t last_ack, prepared_at;
+    mstime_t last_ack, next_check, prepared_at;
     int holding;                    /* clients that come early */
     slotMigDial *ask;
     int ask_anyway;                 /* although the link seems alive: the source asked */
@@ -108,9 +120,23 @@ static sds checkTarget(const slotSet *slots, const char *source) {
     return NULL;
 }
 
+/* Do `more` bytes fit below maxmemory, beside what running jobs will still take? */
 static sds checkMemory(unsigned long long more) {
-    size_t used = zmalloc_used_memory();
-    if (server.maxmemory == 0 || used + more <= server.maxmemory) return NULL;
+    if (server.maxmemory == 0) return NULL;
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while (more && (ln = listNext(&li)) != NULL) {
+        slotMigTarget *t = ((slotMigJob*)listNodeValue(ln))->tgt;
+        if (t && (long long)t->want_memory > t->shadow_memory) more += t->want_memory - t->shadow_memory;
+    }
+    /* What upstream does not count for maxmemory; ours counts here. */
+    size_t used = zmalloc_used_memory(), apart = freeMemoryGetNotCountedMemory() - slotmigNotCountedMemory();
+    used = used > apart ? used - apart : 0;
+    if (used + more <= server.maxmemory) return NULL;
+    if (more == 0)
+        return sdscatprintf(sdsempty(),"it uses %zu bytes with the slots that arrive, more than maxmemory %llu: raise maxmemory",
+            used,server.maxmemory);
     return sdscatprintf(sdsempty(),"it uses %zu of maxmemory %llu bytes and the slots need about %llu more: raise maxmemory",
         used,server.maxmemory,more);
 }
@@ -119,10 +145,10 @@ static void startDials(slotMigJob *job);
 
 /* NULL: the job is accepted and made; else why not. */
 sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
-                       unsigned long long keys, unsigned long long bytes)
+                       unsigned long long keys, unsigned long long bytes, unsigned long long memory)
 {
     sds error = checkTarget(slots,source);
-    if (error == NULL) error = checkMemory(bytes);
+    if (error == NULL) error = checkMemory(memory);
     if (error) return error;
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
         slotMigJob *other = slotmigJobOfSlot(j);
@@ -139,6 +165,9 @@ sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
     slotMigJob *job = slotmigCreateJob(SLOTMIG_TARGET,id,slots,source);
     slotMigTarget *t = job->tgt = zcalloc(sizeof(*t));
     t->shadow = shadow;
+    t->flush_offset = -1;
+    t->queues = zcalloc(sizeof(*t->queues)*CLUSTER_SLOTS);
+    t->want_memory = memory;
     t->applier = createClient(NULL);
     t->applier->flags |= CLIENT_DENY_BLOCKING;
     t->applier->user = NULL;        /* no ACL, as for a master's link */
@@ -151,6 +180,7 @@ sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
 /* ---- CONNECTING ---- */
 
 static void failTarget(slotMigJob *job, sds error);
+static void sendAck(slotMigJob *job);
 static void streamDialed(connection *conn, const char *line, const char *error, void *arg) {
     slotMigJob *job = arg;
     int version = 0;
@@ -163,6 +193,7 @@ static void streamDialed(connection *conn, const char *line, const char *error, 
     } else {
         job->tgt->stream = slotmigLinkCreate(conn,job,targetFrame,targetClosed);
         slotmigSetReason(job,"waiting for the source's snapshot");
+        if (job->control.version) slotmigSendControl(job);
     }
 }
 
@@ -239,6 +270,8 @@ static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
      * would do, without ever blocking; MASTER must be gone when c is freed. */
     long long dirty = server.dirty, errors = server.stat_total_error_replies;
     int allowed = server.replication_allowed, on_error = server.propagation_error_behavior;
+    int lazy_del = server.lazyfree_lazy_user_del, lazy_server_del = server.lazyfree_lazy_server_del;
+    server.lazyfree_lazy_user_del = server.lazyfree_lazy_server_del = 1;    /* a DEL of something big must not take its time here */
     server.replication_allowed = 0;
     server.propagation_error_behavior = PROPAGATION_ERR_BEHAVIOR_IGNORE;    /* we fail the job */
     server.current_client = server.executing_client = c;
@@ -253,6 +286,8 @@ static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
     server.executing_client = prev_executing;
     server.replication_allowed = allowed;
     server.propagation_error_behavior = on_error;
+    server.lazyfree_lazy_user_del = lazy_del;
+    server.lazyfree_lazy_server_del = lazy_server_del;
     server.dirty = dirty;   /* it counts when the slots are taken over */
 
     if (server.stat_total_error_replies != errors)
@@ -268,13 +303,27 @@ static void freeQueuedOp(queuedOp *op) {
     zfree(op);
 }
 
-static void freeQueues(slotMigTarget *t) {
+/* Bytes of memory that a waiting command takes, about. */
+static size_t queuedOpMemory(const queuedOp *op) {
+    return sizeof(*op) + sizeof(listNode) + op->bytes + op->argc*(sizeof(robj*)+sizeof(robj)+8);
+}
+
+/* On a bio thread: there may be millions. Nobody else knows these objects. */
+static void releaseQueues(void *args[]) {
+    list **queues = args[0];
     for (int j = 0; j < CLUSTER_SLOTS; j++) {
-        if (t->queues[j] == NULL) continue;
-        listSetFreeMethod(t->queues[j],(void (*)(void*))freeQueuedOp);
-        listRelease(t->queues[j]);
-        t->queues[j] = NULL;
+        if (queues[j] == NULL) continue;
+        listSetFreeMethod(queues[j],(void (*)(void*))freeQueuedOp);
+        listRelease(queues[j]);
     }
+    zfree(queues);
+}
+
+static void dropQueues(slotMigTarget *t) {
+    bioCreateLazyFreeJob(releaseQueues,1,t->queues);
+    t->queues = NULL;
+    slotSetClear(&t->draining);
+    t->queued_bytes = t->queued_memory = 0;
 }
 
 static int slotIsReady(slotMigTarget *t, int slot) {
@@ -283,7 +332,7 @@ static int slotIsReady(slotMigTarget *t, int slot) {
 
 /* Apply what is queued for ready slots until the clock reads `until`. NULL: no
  * error. */
-static sds drainQueues(slotMigJob *job, monotime until) {
+static sds drainSome(slotMigJob *job, monotime until) {
     slotMigTarget *t = job->tgt;
     int slot, n = 0;
     while (t->draining.count && (slot = slotSetNext(&t->draining,0)) != -1) {
@@ -294,6 +343,7 @@ static sds drainQueues(slotMigJob *job, monotime until) {
             sds error = NULL;
             listDelNode(q,ln);
             t->queued_bytes -= op->bytes;
+            t->queued_memory -= queuedOpMemory(op);
             if (op->offset > t->points[slot]) {
                 error = applyOp(job,slot,op->argv,op->argc);
                 op->argc = 0;
@@ -309,8 +359,56 @@ static sds drainQueues(slotMigJob *job, monotime until) {
     return NULL;
 }
 
+/* What a piece of work does to this thread's memory is the shadow's, but for the
+ * queues, which are counted by themselves. Values that are freed in the background
+ * stay counted: it is never too little. */
+typedef struct memoryMark { long long thread; size_t queued; } memoryMark;
+
+static memoryMark markMemory(slotMigTarget *t) {
+    return (memoryMark){ slotmigThreadMemory(), t->queued_memory };
+}
+
+static void countMemory(slotMigTarget *t, memoryMark before) {
+    t->shadow_memory += slotmigThreadMemory() - before.thread - ((long long)t->queued_memory - (long long)before.queued);
+    if (t->shadow_memory < 0) t->shadow_memory = 0;
+}
+
+static sds drainQueues(slotMigJob *job, monotime until) {
+    if (job->tgt->draining.count == 0) return NULL;
+    memoryMark before = markMemory(job->tgt);
+    slotMigWork was = slotmigWork(WORK_apply);
+    sds error = drainSome(job,until);
+    slotmigWork(was);
+    countMemory(job->tgt,before);
+    return error;
+}
+
+static void slotBecameReady(slotMigJob *job, int slot, long long point) {
+    slotMigTarget *t = job->tgt;
+    t->points[slot] = point;
+    slotSetAdd(&t->ready,slot);
+    if (t->queues[slot]) slotSetAdd(&t->draining,slot);
+}
+
+/* The source flushed its keys. What arrived is dropped, and so will be the
+ * sections that are still to come from a snapshot of before. */
+static void flushSlots(slotMigJob *job, long long offset) {
+    slotMigTarget *t = job->tgt;
+    t->flush_offset = offset;
+    slotmigShadowEmpty(t->shadow);
+    t->shadow_memory = 0;
+    dropQueues(t);
+    t->queues = zcalloc(sizeof(*t->queues)*CLUSTER_SLOTS);
+    if (t->registering) {
+        slotBecameReady(job,t->registering->slot,t->registering->point);
+        slotmigSectionDrop(t->registering);     /* its keys went with the shadow */
+        t->registering = NULL;
+    }
+    job->keys_total = job->keys_done = 0;
+}
+
 /* One frame of writes. */
-static void gotOps(slotMigJob *job, frameReader *r) {
+static void takeOps(slotMigJob *job, frameReader *r) {
     slotMigTarget *t = job->tgt;
     long long offset = frameGetInt(r,8);
     uint32_t n = frameGetInt(r,4);
@@ -318,6 +416,10 @@ static void gotOps(slotMigJob *job, frameReader *r) {
         int slot = frameGetInt(r,2);
         uint32_t argc = frameGetInt(r,4);
         const unsigned char *first = r->p;
+        if (!r->bad && slot == SLOT_ALL_FLUSHED && argc == 0) {
+            flushSlots(job,offset);
+            continue;
+        }
         if (r->bad || slot >= CLUSTER_SLOTS || !slotSetHas(&job->slots,slot) || argc == 0 ||
             argc > (size_t)(r->end - r->p)/4)
         {
@@ -352,32 +454,55 @@ static void gotOps(slotMigJob *job, frameReader *r) {
             if (t->queues[slot] == NULL) t->queues[slot] = listCreate();
             listAddNodeTail(t->queues[slot],op);
             t->queued_bytes += op->bytes;
+            t->queued_memory += queuedOpMemory(op);
         }
     }
 }
 
-/* ---- LOADING ---- */
-
-static void slotBecameReady(slotMigJob *job, int slot, long long point) {
-    slotMigTarget *t = job->tgt;
-    t->points[slot] = point;
-    slotSetAdd(&t->ready,slot);
-    if (t->queues[slot]) slotSetAdd(&t->draining,slot);
+static void gotOps(slotMigJob *job, frameReader *r) {
+    memoryMark before = markMemory(job->tgt);
+    slotMigWork was = slotmigWork(WORK_apply);
+    takeOps(job,r);
+    slotmigWork(was);
+    if (slotmigEnded(job)) return;
+    countMemory(job->tgt,before);
+    job->stream_applied = job->tgt->ops_bytes - job->tgt->queued_bytes;
+    if (job->tgt->all_ready) sendAck(job);
 }
 
-/* Register hashes with field TTLs of the section just attached. 1: finished. */
+/* ---- LOADING ---- */
+
+/* Finish the section just attached: register its hashes with field TTLs, decode
+ * modules' values. 1: finished, 0: the time is over, -1: failed (the job has ended). */
 static int registerStep(slotMigJob *job, monotime until) {
-    slotMigSection *s = job->tgt->registering;
-    listNode *ln;
-    int n = 0;
-    while (s->field_expiry && (ln = listFirst(s->field_expiry)) != NULL) {
-        slotmigShadowRegister(job->tgt->shadow,listNodeValue(ln));
-        listDelNode(s->field_expiry,ln);
-        if (++n % APPLY_CHECK == 0 && getMonotonicUs() >= until) return 0;
+    slotMigTarget *t = job->tgt;
+    slotMigSection *s = t->registering;
+    while (s->registered < s->nfield_expiry) {
+        slotmigShadowRegister(t->shadow,s->field_expiry[s->registered++]);
+        if (s->registered % APPLY_CHECK == 0 && getMonotonicUs() >= until) return 0;
+    }
+    while (s->decoded < s->nraw) {
+        slotMigRawValue *v = s->raw+s->decoded;
+        sds error = NULL;
+        memoryMark before = markMemory(t);
+        robj *o = slotmigDecodeValue(v,&error);
+        if (o && slotmigShadowAdd(t->shadow,s->slot,v->key,o,v->expire) == C_ERR) {
+            error = sdscatprintf(sdsempty(),"key '%.64s' is there twice",v->key);
+            decrRefCount(o);
+        }
+        if (error) {
+            failTarget(job,sdscatprintf(sdsempty(),"the snapshot could not be loaded: slot %d, %s",s->slot,error));
+            sdsfree(error);
+            return -1;
+        }
+        sdsfree(v->bytes);
+        s->decoded++;
+        countMemory(t,before);
+        if (getMonotonicUs() >= until) return 0;
     }
     slotBecameReady(job,s->slot,s->point);
     slotmigSectionFree(s);
-    job->tgt->registering = NULL;
+    t->registering = NULL;
     return 1;
 }
 
@@ -390,18 +515,26 @@ static int takeSections(slotMigJob *job, monotime until) {
     if (slotmigFailPoint(FP_target_before_section) == FAILPOINT_PAUSE) return C_OK;
     while (getMonotonicUs() < until) {
         if (t->registering) {
-            if (!registerStep(job,until)) break;
+            int res = registerStep(job,until);
+            if (res == -1) return C_ERR;
+            if (res == 0) break;
             continue;
         }
         slotMigSection *s = slotmigLoaderNext(t->loader);
         if (s == NULL) break;
         if (slotmigFailPoint(FP_target_before_section) == FAILPOINT_FAIL) {
-            slotmigSectionFree(s);
+            slotmigSectionDrop(s);
             failTarget(job,sdsnew("fail point target_before_section"));
             return C_ERR;
         }
+        if (s->point < t->flush_offset) {   /* flushed since */
+            slotBecameReady(job,s->slot,s->point);
+            slotmigSectionDrop(s);
+            continue;
+        }
         slotmigShadowAttach(t->shadow,s->slot,s->keys,s->expires);
         job->keys_done += s->nkeys;
+        t->shadow_memory += s->memory;
         t->registering = s;
     }
     int state = slotmigLoaderState(t->loader,&error,&bytes);
@@ -443,6 +576,7 @@ static void startLoaderThread(slotMigJob *job) {
         return;
     }
     t->snapshot = NULL;
+    slotmigLoaderPace(t->loader,job->control.rate,job->control.paused);
     slotmigSetState(job,SLOTMIG_LOADING,NULL);
 }
 
@@ -487,13 +621,14 @@ static void gotDiscard(slotMigJob *job, frameReader *r) {
     unblockPostponedClients();
 }
 
-static void prepare(slotMigJob *job) {
+static void tryPrepare(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     redisDb *db = slotmigShadowDb(t->shadow);
     failPointAction fp = slotmigFailPoint(FP_target_before_prepared);
 
     if (!t->all_ready || t->draining.count || t->queued_bytes || fp == FAILPOINT_PAUSE) return;
     sds error = fp == FAILPOINT_FAIL ? sdsnew("fail point target_before_prepared") : checkTarget(&job->slots,job->peer);
+    if (error == NULL) error = checkMemory(0);
     clusterNode *source = slotmigPeer(job);
     if (error == NULL && source->configEpoch > t->cut_epoch)
         error = sdsnew("the source's slots changed in the middle of the hand-off");
@@ -527,6 +662,12 @@ static void prepare(slotMigJob *job) {
     slotmigLinkSend(t->stream,f);
     slotmigLinkFlush(t->stream);
     slotmigFailPoint(FP_target_prepared);
+}
+
+static void prepare(slotMigJob *job) {
+    slotMigWork was = slotmigWork(WORK_prepare);
+    tryPrepare(job);
+    slotmigWork(was);
 }
 
 /* A client that comes for a slot of which this node is not the owner yet: the
@@ -588,6 +729,7 @@ static void makeTakenDurable(slotMigJob *job) {
 static void takeOver(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     clusterNode *myself = server.cluster->myself;
+    slotMigWork was = slotmigWork(WORK_takeover);
     serverAssert(job->state == SLOTMIG_PREPARED && t->shadow);
     slotmigDialCancel(t->ask);
     t->ask = NULL;
@@ -599,6 +741,7 @@ static void takeOver(slotMigJob *job) {
             slotmigLinkSend(t->stream,sdscatsds(f,error));
         }
         slotmigFail(job,SLOTMIG_FAILED,error);
+        slotmigWork(was);
         return;
     }
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
@@ -618,6 +761,7 @@ static void takeOver(slotMigJob *job) {
     slotmigSetState(job,SLOTMIG_TAKEN,"the new slot map goes to the disk");
     makeTakenDurable(job);
     unblockPostponedClients();
+    slotmigWork(was);
 }
 
 /* For an operator who knows that the source serves the slots, or is gone. */
@@ -677,6 +821,7 @@ static void targetFrame(slotMigJob *job, int type, frameReader *r) {
     case FRAME_CUT: gotCut(job,r); break;
     case FRAME_DISCARD: gotDiscard(job,r); break;
     case FRAME_COMMIT: gotCommit(job,r); break;
+    case FRAME_CONTROL: slotmigGotControl(job,r); break;
     case FRAME_ABORT: {
         int cancelled = frameGetInt(r,1);
         const char *why = frameGetBytes(r,len ? len-1 : 0);
@@ -707,7 +852,7 @@ static void targetClosed(slotMigJob *job, const char *why) {
 
 static void sendAck(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
-    if (t->stream == NULL || mstime() - t->last_ack < ACK_PERIOD) return;
+    if (t->stream == NULL || mstime() - t->last_ack < (t->all_ready ? ACK_PERIOD_SHORT : ACK_PERIOD)) return;
     t->last_ack = mstime();
     sds f = slotmigFrameStart(FRAME_ACK);
     f = slotmigFrameInt(f,job->keys_done,8);
@@ -715,6 +860,18 @@ static void sendAck(slotMigJob *job) {
     f = slotmigFrameInt(f,job->stream_applied,8);
     f = slotmigFrameInt(f,t->all_ready,1);
     slotmigLinkSend(t->stream,f);
+}
+
+void slotmigTargetPace(slotMigJob *job) {
+    if (job->tgt->loader) slotmigLoaderPace(job->tgt->loader,job->control.rate,job->control.paused);
+}
+
+void slotmigTargetMemory(const slotMigJob *job, struct slotMigMemory *m) {
+    slotMigTarget *t = job->tgt;
+    m->shadow += t->shadow ? t->shadow_memory : 0;      /* NULL: merged, they are keys like others */
+    m->queues += t->queued_memory;
+    if (t->loader) m->loader += slotmigLoaderMemory(t->loader);
+    if (t->stream) m->queues += slotmigLinkMemory(t->stream);
 }
 
 int slotmigTargetBusy(const slotMigJob *job) {
@@ -736,13 +893,19 @@ void slotmigTargetStep(slotMigJob *job) {
     }
     startLoaderThread(job);
     if (slotmigEnded(job)) return;
-    sds error = checkTarget(&job->slots,job->peer);
-    if (error == NULL && server.maxmemory) error = checkMemory(0);
+    sds error = NULL;
+    if (mstime() >= t->next_check) {
+        t->next_check = mstime()+CHECK_PERIOD;
+        if ((error = checkTarget(&job->slots,job->peer)) == NULL) error = checkMemory(0);
+    }
     if (error) {
         failTarget(job,error);
         return;
     }
-    if (takeSections(job,until) == C_ERR) return;
+    slotMigWork was = slotmigWork(WORK_attach);
+    int res = takeSections(job,until);
+    slotmigWork(was);
+    if (res == C_ERR) return;
     if ((error = drainQueues(job,until)) != NULL) {
         failTarget(job,error);
         return;
@@ -750,7 +913,7 @@ void slotmigTargetStep(slotMigJob *job) {
     job->stream_bytes = t->ops_bytes;
     job->stream_applied = t->ops_bytes - t->queued_bytes;
     /* What cannot be kept waits at the source, which has its own bound. */
-    if (t->stream) slotmigLinkStopReading(t->stream,t->queued_bytes > slotmig_config.buffer_limit);
+    if (t->stream) slotmigLinkStopReading(t->stream,t->queued_memory > slotmig_config.buffer_limit);
     sendAck(job);
     if (job->state == SLOTMIG_PREPARING) prepare(job);
 }
@@ -767,9 +930,9 @@ void slotmigTargetFree(slotMigJob *job) {
     slotmigLinkFree(t->stream);
     if (t->snapshot) connClose(t->snapshot);
     slotmigLoaderFree(t->loader);
-    slotmigSectionFree(t->registering);
     slotmigShadowDrop(t->shadow);
-    freeQueues(t);
+    slotmigSectionDrop(t->registering);     /* its keys went with the shadow */
+    dropQueues(t);
     freeClient(t->applier);
     if (t->holding) unblockPostponedClients();
     zfree(t);

@@ -60,14 +60,15 @@ proc internal {n args} {
     return $reply
 }
 
-proc failpoint {n name action} {
-    assert_equal OK [internal $n cluster slotmig failpoint $name $action]
+# `at` is for points that have a place, such as an offset in the snapshot.
+proc failpoint {n name action {at 0}} {
+    assert_equal OK [internal $n cluster slotmig failpoint $name $action $at]
 }
 
 set ::failpoint_names {
     source_before_attach source_before_fork source_in_child source_before_cut
     source_before_commit source_after_commit source_before_trim
-    source_damages_section source_repeats_command source_drops_command
+    source_damages_section source_cuts_snapshot source_flips_byte source_repeats_command source_drops_command
     target_before_accept target_before_load target_before_section
     target_before_apply target_before_prepared target_prepared target_before_takeover
     target_after_takeover

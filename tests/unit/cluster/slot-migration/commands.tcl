@@ -5,7 +5,7 @@ source tests/support/slot_migration.tcl
 set ::fields {
     id slots source target role state reason attempt keys-total keys-done bytes-total bytes-done rate eta-ms
     stream-bytes stream-lag-bytes retries last-error created-ms started-ms ended-ms phase-ms write-pause-us
-    held-for trimmed
+    held held-for paused rate-limit writers-rate-limit trimmed
 }
 
 proc assert_refused {why n args} {

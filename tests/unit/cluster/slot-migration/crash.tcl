@@ -99,8 +99,10 @@ start_cluster 3 0 {tags {external:skip cluster}} {
             set base [footprint 2]
             set before [slots_dump 0 $::slots]
             failpoint 0 $point crash
-            set id [migrate 0 2 3 10]
+            # The target may be quicker with its connections than the source with its answer.
+            catch {migrate 0 2 3 10}
             wait_node_dead 0
+            set id [dict get [lindex [R 2 cluster slot-migrations] 0] id]
             start_node_again 0
             assert_equal failed [wait_ended 2 $id]
             assert_not_equal "" [job_field 2 $id last-error]

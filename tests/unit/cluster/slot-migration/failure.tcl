@@ -208,7 +208,7 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         assert_equal 0 [R 0 dbsize]
     }
 
-    test "FLUSHALL at the source in the middle ends the job, at the target it does not" {
+    test "FLUSHALL in the middle: at the target the moving keys stay, at the source none comes back" {
         fresh
         fill
         failpoint 0 source_before_cut pause
@@ -228,11 +228,27 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         set id [migrate 0 2 3 10]
         wait_job_state 0 $id streaming
         R 0 flushall
-        wait_job_failed 0 $id *flushed*
-        wait_job_failed 2 $id *flushed*
-        wait_no_leftovers 2 $base
+        R 0 set [key_in 3 new] 1
         failpoint 0 source_before_cut off
+        wait_migrated 0 2 $id
+        assert_equal [list [key_in 3 new]] [R 2 keys *]
+        assert_equal 0 [R 0 dbsize]
+        R 2 flushall
+        wait_no_leftovers 2 $base
+    }
+
+    test "Keys that are replaced in the middle, but not by a command, fail the job" {
+        fresh
         fill
+        failpoint 0 source_before_cut pause
+        set id [migrate 0 2 3 10]
+        wait_job_state 0 $id streaming
+        set before [slots_dump 0 $::slots]
+        R 0 debug reload
+        wait_job_failed 0 $id *replaced*
+        wait_job_failed 2 $id *replaced*
+        failpoint 0 source_before_cut off
+        assert_same_dump $before [slots_dump 0 $::slots]
         assert_next_succeeds
     }
 
