@@ -1,4 +1,4 @@
-/* kvstore_slotmig.c -- move one dict between two kvstores in O(1).
+/* kvstore_slotmig.c -- move one dict between two kvstores in O(1), or all of them.
  *
  * Included at the end of kvstore.c because it keeps that file's private
  * counters true: key and bucket counts, the binary indexed tree, the list of
@@ -89,4 +89,57 @@ void kvstoreMoveDict(kvstore *src, int sidx, kvstore *dst, int didx) {
     kvstoreAccountBuckets(dst,d,1);
     kvstoreAccountHistogram(dst,d,1);
     kvstoreAccountDict(dst,didx,(long long)dictSize(d));
+}
+
+/* The binary indexed tree anew from the dicts, in O(number of dicts). */
+static void kvstoreRebuildIndex(kvstore *kvs) {
+    if (kvs->num_dicts == 1) return;
+    memset(kvs->dict_size_index,0,sizeof(*kvs->dict_size_index)*(kvs->num_dicts+1));
+    for (int idx = 1; idx <= kvs->num_dicts; idx++) {
+        int up = idx + (idx & -idx);
+        if (kvs->dicts[idx-1]) kvs->dict_size_index[idx] += dictSize(kvs->dicts[idx-1]);
+        if (up <= kvs->num_dicts) kvs->dict_size_index[up] += kvs->dict_size_index[idx];
+    }
+}
+
+/* Move every dict of `src` to the same place of `dst`, as kvstoreMoveDict() would,
+ * but with the sums moved once: for many dicts in one turn of the event loop.
+ * `src` is left without dicts. Both have the same number of places. */
+void kvstoreMoveAll(kvstore *src, kvstore *dst) {
+    assert(src->num_dicts == dst->num_dicts);
+    assert((src->flags & KVSTORE_ALLOC_META_KEYS_HIST) == (dst->flags & KVSTORE_ALLOC_META_KEYS_HIST));
+    if (src->allocated_dicts == 0) return;
+    for (int i = 0; i < src->num_dicts; i++) {
+        dict *d = src->dicts[i], *old = dst->dicts[i];
+        if (i+8 < src->num_dicts && src->dicts[i+8]) __builtin_prefetch(src->dicts[i+8],1);
+        if (d == NULL) continue;
+        if (old || dictIsRehashing(d)) {
+            kvstoreMoveDict(src,i,dst,i);
+            continue;
+        }
+        assert(!dictIsRehashingPaused(d));
+        kvstoreAccountBuckets(src,d,-1);
+        kvstoreAccountBuckets(dst,d,1);
+        src->key_count -= dictSize(d);
+        dst->key_count += dictSize(d);
+        if (dictSize(d)) {
+            src->non_empty_dicts--;
+            dst->non_empty_dicts++;
+        }
+        src->allocated_dicts--;
+        dst->allocated_dicts++;
+        src->dicts[i] = NULL;
+        dst->dicts[i] = d;
+        d->type = &dst->dtype;
+    }
+    if (src->flags & KVSTORE_ALLOC_META_KEYS_HIST) {
+        /* What is left in the source's sums belongs to the dicts just moved. */
+        kvstoreMetadata *from = kvstoreGetMetadata(src), *to = kvstoreGetMetadata(dst);
+        for (int t = 0; t < MAX_KEYSIZES_TYPES; t++)
+            for (int b = 0; b < MAX_KEYSIZES_BINS; b++)
+                to->keysizes_hist[t][b] += from->keysizes_hist[t][b];
+        memset(from,0,sizeof(*from));
+    }
+    kvstoreRebuildIndex(src);
+    kvstoreRebuildIndex(dst);
 }

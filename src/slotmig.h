@@ -81,6 +81,7 @@ void **slotmigEbOwner(void **eb, unsigned tag);
 
 /* ---- kvstore_slotmig.c, part of kvstore.c ---- */
 void kvstoreMoveDict(struct _kvstore *src, int sidx, struct _kvstore *dst, int didx);
+void kvstoreMoveAll(struct _kvstore *src, struct _kvstore *dst);
 
 /* ---- inside upstream's RDB reader, on the loader's thread ---- */
 int slotmigInLoader(void);                      /* any thread */

@@ -192,6 +192,7 @@ void slotmigLinkFree(slotMigLink *l);
 size_t slotmigLinkMemory(const slotMigLink *l);
 sds slotmigFrameStart(int type);
 sds slotmigFrameInt(sds f, uint64_t v, int bytes);
+unsigned char *slotmigPutInt(unsigned char *p, uint64_t v, int bytes);  /* the same into memory; behind it */
 void slotmigLinkSend(slotMigLink *l, sds frame);    /* takes the frame */
 void slotmigLinkFlush(slotMigLink *l);
 void slotmigLinkStopReading(slotMigLink *l, int stop);
@@ -270,7 +271,7 @@ redisDb *slotmigShadowDb(slotMigShadow *s);
 void slotmigShadowAttach(slotMigShadow *s, int slot, kvstore *keys, kvstore *expires);
 void slotmigShadowRegister(slotMigShadow *s, dictEntry *hash);
 int slotmigShadowAdd(slotMigShadow *s, int slot, sds key, robj *o, long long expire);
-unsigned long long slotmigShadowMerge(slotMigShadow *s, const slotSet *slots);
+unsigned long long slotmigShadowMerge(slotMigShadow *s);
 void slotmigShadowEmpty(slotMigShadow *s);
 void slotmigShadowDrop(slotMigShadow *s);
 int slotmigDrainStep(monotime until);

@@ -35,9 +35,14 @@ void keepClientInMainThread(client *c);     /* iothread.c */
 
 /* ---- frames ---- */
 
+unsigned char *slotmigPutInt(unsigned char *p, uint64_t v, int bytes) {
+    for (int i = 0; i < bytes; i++) p[i] = v >> (8*i);
+    return p+bytes;
+}
+
 sds slotmigFrameInt(sds f, uint64_t v, int bytes) {
     unsigned char buf[8];
-    for (int i = 0; i < bytes; i++) buf[i] = v >> (8*i);
+    slotmigPutInt(buf,v,bytes);
     return sdscatlen(f,buf,bytes);
 }
 

@@ -162,14 +162,11 @@ int slotmigShadowAdd(slotMigShadow *s, int slot, sds key, robj *o, long long exp
 
 /* Move all slots into database 0, where these slots are empty. Frees the
  * shadow. The number of keys. */
-unsigned long long slotmigShadowMerge(slotMigShadow *s, const slotSet *slots) {
+unsigned long long slotmigShadowMerge(slotMigShadow *s) {
     redisDb *db = server.db;
     unsigned long long keys = kvstoreSize(s->db.keys);
-    for (int slot = slotSetNext(slots,0); slot != -1; slot = slotSetNext(slots,slot+1)) {
-        kvstoreMoveDict(s->db.keys,slot,db->keys,slot);
-        kvstoreMoveDict(s->db.expires,slot,db->expires,slot);
-    }
-    serverAssert(kvstoreSize(s->db.keys) == 0);
+    kvstoreMoveAll(s->db.keys,db->keys);
+    kvstoreMoveAll(s->db.expires,db->expires);
     kvstoreRelease(s->db.keys);
     kvstoreRelease(s->db.expires);
     freeWaitingDicts(&s->db);

@@ -94,8 +94,8 @@ struct slotMigSource {
     double unit_bytes;              /* a unit's, on average */
     double allowance;               /* bytes that writers may stream now, below 0: they wait */
     monotime allowance_at, applied_at;
-    unsigned long long applied_then;
-    double applied_rate;            /* bytes per second that the target applies */
+    unsigned long long applied_then, streamed_then;
+    double applied_rate, streamed_rate;     /* bytes per second that the target applies, that writers stream */
     int slowing;                    /* the slots are in `slowed` */
     mstime_t next_pace, next_check;
     sds held_prepared;              /* PREPARED, held by a fail point */
@@ -253,16 +253,18 @@ static void growAllowance(slotMigJob *job) {
     if (listLength(server.postponed_clients)) wakeWriters(s);
 }
 
-static void measureApplied(slotMigJob *job) {
+static void measureRates(slotMigJob *job) {
     slotMigSource *s = job->src;
     monotime now = getMonotonicUs();
     if (s->applied_at && now - s->applied_at < PACE_PERIOD*1000) return;
     if (s->applied_at) {
-        double rate = (job->stream_applied - s->applied_then)/((now - s->applied_at)/1e6);
-        s->applied_rate += (rate - s->applied_rate)/4;
+        double seconds = (now - s->applied_at)/1e6;
+        s->applied_rate += ((job->stream_applied - s->applied_then)/seconds - s->applied_rate)/4;
+        s->streamed_rate += ((job->stream_bytes - s->streamed_then)/seconds - s->streamed_rate)/4;
     }
     s->applied_at = now;
     s->applied_then = job->stream_applied;
+    s->streamed_then = job->stream_bytes;
 }
 
 static unsigned long long allowedLag(const slotMigJob *job);
@@ -276,12 +278,13 @@ static void setPace(slotMigJob *job) {
         endPace(job);
         return;
     }
-    if (job->state == SLOTMIG_SNAPSHOT && lag > limit/2) {
+    if (job->state == SLOTMIG_SNAPSHOT && lag > limit/8) {
         double left = job->bytes_total > job->bytes_done ? job->bytes_total - job->bytes_done : 0;
         double seconds = job->bytes_done ? left/job->bytes_done*(now - job->started)/1000.0 : 10;
         double room = limit*7/8 - lag;
         if (seconds < 0.5) seconds = 0.5;
-        rate = s->applied_rate + (room > 0 ? room/seconds : 0);
+        if (job->writers_rate != -1 || lag > limit/2 || (s->streamed_rate - s->applied_rate)*seconds > room)
+            rate = s->applied_rate + (room > 0 ? room/seconds : 0);
     } else if (job->state == SLOTMIG_STREAMING && !job->control.held && (lag > limit/2 || (ms > CATCH_UP && lag > allowedLag(job)))) {
         double part = SLOW_AT_FIRST;
         for (mstime_t t = 2*CATCH_UP; t < ms && part > SLOWEST; t += CATCH_UP) part *= SLOWER;
@@ -338,22 +341,21 @@ static sds checkSource(const slotSet *slots, clusterNode *target) {
 /* A guess at the bytes of the slots' RDB and at the memory that they take, from a
  * few keys, in time that does not depend on their number or size. */
 static void estimate(const slotSet *slots, unsigned long long keys, unsigned long long *bytes, unsigned long long *memory) {
-    unsigned long long rdb = 0, mem = 0;
-    int samples = 0, slot = -1;
+    unsigned long long rdb = 0, mem = 0, seen = 0, step = keys/ESTIMATE_SAMPLES + 1, next = (unsigned long long)random() % step;
+    int samples = 0;
     kvstore *kvs = server.db[0].keys;
-    int step = slots->count/ESTIMATE_SAMPLES + 1;
-    for (slot = slotSetNext(slots,0); slot != -1 && samples < ESTIMATE_SAMPLES; slot = slotSetNext(slots,slot+step)) {
-        int next = slot;    /* a slot with keys near by */
-        while (next != -1 && next < slot+step && kvstoreDictSize(kvs,next) == 0) next = slotSetNext(slots,next+1);
-        if (next == -1 || kvstoreDictSize(kvs,next) == 0) continue;
-        dictEntry *de = kvstoreDictGetRandomKey(kvs,next);
-        robj key, *o = dictGetVal(de);
-        initStaticStringObject(key,dictGetKey(de));
-        size_t size = objectComputeSize(&key,o,5,0);
-        mem += size + sdsAllocSize(key.ptr) + DICT_ENTRY_BYTES;
-        if (kvstoreDictFind(server.db[0].expires,next,key.ptr)) mem += DICT_ENTRY_BYTES;
-        rdb += sdslen(key.ptr) + RECORD_BYTES + (size < ESTIMATE_EXACTLY ? rdbSavedObjectLen(o,&key,0) : size);
-        samples++;
+    /* Every step-th key, wherever it is: slots count by their keys. */
+    for (int slot = slotSetNext(slots,0); slot != -1; slot = slotSetNext(slots,slot+1)) {
+        for (seen += kvstoreDictSize(kvs,slot); next < seen; next += step) {
+            dictEntry *de = kvstoreDictGetRandomKey(kvs,slot);
+            robj key, *o = dictGetVal(de);
+            initStaticStringObject(key,dictGetKey(de));
+            size_t size = objectComputeSize(&key,o,5,0);
+            mem += size + sdsAllocSize(key.ptr) + DICT_ENTRY_BYTES;
+            if (kvstoreDictFind(server.db[0].expires,slot,key.ptr)) mem += DICT_ENTRY_BYTES;
+            rdb += sdslen(key.ptr) + RECORD_BYTES + (size < ESTIMATE_EXACTLY ? rdbSavedObjectLen(o,&key,0) : size);
+            samples++;
+        }
     }
     *bytes = samples ? rdb*keys/samples : 0;
     *memory = samples ? mem*keys/samples : 0;
@@ -1067,7 +1069,7 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
         job->keys_done = keys;
         job->bytes_done = bytes;
         job->stream_applied = applied;
-        measureApplied(job);
+        measureRates(job);
         if (complete && job->state == SLOTMIG_SNAPSHOT) {
             job->bytes_total = bytes;
             slotmigSetState(job,SLOTMIG_STREAMING,NULL);

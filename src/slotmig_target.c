@@ -46,6 +46,7 @@
 #define ACK_PERIOD 50               /* ms between two words about progress, while the snapshot is loaded */
 #define ACK_PERIOD_SHORT 5          /* then: by them the source knows when to hand off */
 #define ASK_PERIOD 200              /* ms between two questions to a silent source */
+#define PREPARED_SLOT 18            /* bytes of a slot in PREPARED */
 #define APPLY_CHECK 16              /* commands applied between two looks at the clock */
 #define CHECK_PERIOD 10             /* ms between two looks at what must hold */
 
@@ -650,12 +651,15 @@ static void tryPrepare(slotMigJob *job) {
     f = slotmigFrameInt(f,t->cut_n,8);
     f = slotmigFrameInt(f,job->epoch,8);
     f = slotmigFrameInt(f,slots,4);
+    f = sdsMakeRoomFor(f,(size_t)slots*PREPARED_SLOT);
+    unsigned char *p = (unsigned char*)f+sdslen(f);
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
         if (kvstoreDictSize(db->keys,j) == 0) continue;
-        f = slotmigFrameInt(f,j,2);
-        f = slotmigFrameInt(f,kvstoreDictSize(db->keys,j),8);
-        f = slotmigFrameInt(f,kvstoreDictSize(db->expires,j),8);
+        p = slotmigPutInt(p,j,2);
+        p = slotmigPutInt(p,kvstoreDictSize(db->keys,j),8);
+        p = slotmigPutInt(p,kvstoreDictSize(db->expires,j),8);
     }
+    sdsIncrLen(f,slots*PREPARED_SLOT);
     t->prepared_at = mstime();
     t->holding = 1;
     slotmigSetState(job,SLOTMIG_PREPARED,"waiting for the source to commit");
@@ -751,7 +755,7 @@ static void takeOver(slotMigJob *job) {
     if (myself->configEpoch < job->epoch) myself->configEpoch = job->epoch;
     if (server.cluster->currentEpoch < job->epoch) server.cluster->currentEpoch = job->epoch;
     clusterSaveConfigOrDie(0);      /* a crash of this process finds it */
-    server.dirty += slotmigShadowMerge(t->shadow,&job->slots);
+    server.dirty += slotmigShadowMerge(t->shadow);
     t->shadow = NULL;
     slotmigDrainSoon();
     clusterUpdateState();
