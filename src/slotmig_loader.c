@@ -132,6 +132,13 @@ static void loaderFail(slotMigLoader *l, const char *fmt, ...) {
     va_end(ap);
 }
 
+/* That the open section takes so far. */
+static size_t sectionMemory(slotMigLoader *l) {
+    long long now = slotmigThreadMemory();
+    if (now == 0) return l->offset - l->section_offset + l->section->nkeys*KEY_OVERHEAD;
+    return now > l->section_memory ? now - l->section_memory : 0;
+}
+
 /* How many of `len` bytes may be read now, 0: stopped. Waits while the operator
  * wants that; TCP then slows the source down. */
 static size_t loaderMayRead(slotMigLoader *l, size_t len) {
@@ -169,6 +176,7 @@ static size_t loaderReceive(slotMigLoader *l, void *buf, size_t room) {
         if (n > 0) {
             l->allowed -= n;
             atomicIncr(l->bytes,n);
+            if (l->section) atomicSet(l->open_memory,sectionMemory(l));
             return n;
         }
         if ((n == 0 && !l->tls) || connGetState(l->conn) != CONN_STATE_CONNECTED) {
@@ -284,12 +292,6 @@ static int openSection(slotMigLoader *l) {
     if (keys <= PRESIZE_MAX) kvstoreExpand(l->section->keys,keys,1,NULL);
     if (expires <= PRESIZE_MAX && expires) kvstoreExpand(l->section->expires,expires,1,NULL);
     return C_OK;
-}
-
-static size_t sectionMemory(slotMigLoader *l) {
-    long long now = slotmigThreadMemory();
-    if (now == 0) return l->offset - l->section_offset + l->section->nkeys*KEY_OVERHEAD;
-    return now > l->section_memory ? now - l->section_memory : 0;
 }
 
 /* Hands the open section over if it is what the source says. */
@@ -473,7 +475,6 @@ static int loadKey(slotMigLoader *l, int type, long long expire, long long lfu, 
         if ((n & (n-1)) == 0) s->field_expiry = zrealloc(s->field_expiry,sizeof(de)*(n ? n*2 : 1));
         s->field_expiry[n] = de;
     }
-    atomicSet(l->open_memory,sectionMemory(l));
     return C_OK;
 }
 

@@ -342,8 +342,9 @@ static sds checkSource(const slotSet *slots, clusterNode *target) {
  * few keys, in time that does not depend on their number or size. */
 static void estimate(const slotSet *slots, unsigned long long keys, unsigned long long *bytes, unsigned long long *memory) {
     unsigned long long rdb = 0, mem = 0, seen = 0, step = keys/ESTIMATE_SAMPLES + 1, next = (unsigned long long)random() % step;
-    int samples = 0;
+    int samples = 0, compression = server.rdb_compression;
     kvstore *kvs = server.db[0].keys;
+    server.rdb_compression = 0;     /* as in the snapshot */
     /* Every step-th key, wherever it is: slots count by their keys. */
     for (int slot = slotSetNext(slots,0); slot != -1; slot = slotSetNext(slots,slot+1)) {
         for (seen += kvstoreDictSize(kvs,slot); next < seen; next += step) {
@@ -357,6 +358,7 @@ static void estimate(const slotSet *slots, unsigned long long keys, unsigned lon
             samples++;
         }
     }
+    server.rdb_compression = compression;
     *bytes = samples ? rdb*keys/samples : 0;
     *memory = samples ? mem*keys/samples : 0;
 }
