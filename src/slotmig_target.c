@@ -427,6 +427,7 @@ static void takeOps(slotMigJob *job, frameReader *r) {
             r->bad = 1;
             return;
         }
+        memoryMark before = markMemory(t);
         queuedOp *op = zmalloc(sizeof(*op)+sizeof(robj*)*argc);
         op->offset = offset;
         op->argc = 0;
@@ -451,6 +452,7 @@ static void takeOps(slotMigJob *job, frameReader *r) {
                 failTarget(job,error);
                 return;
             }
+            countMemory(t,before);
         } else {
             if (t->queues[slot] == NULL) t->queues[slot] = listCreate();
             listAddNodeTail(t->queues[slot],op);
@@ -461,12 +463,10 @@ static void takeOps(slotMigJob *job, frameReader *r) {
 }
 
 static void gotOps(slotMigJob *job, frameReader *r) {
-    memoryMark before = markMemory(job->tgt);
     slotMigWork was = slotmigWork(WORK_apply);
     takeOps(job,r);
     slotmigWork(was);
     if (slotmigEnded(job)) return;
-    countMemory(job->tgt,before);
     job->stream_applied = job->tgt->ops_bytes - job->tgt->queued_bytes;
     if (job->tgt->all_ready) sendAck(job);
 }
