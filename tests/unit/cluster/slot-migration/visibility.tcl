@@ -86,13 +86,17 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         R 2 config resetstat
         R 2 slowlog reset
         set id [half_imported]
+        set changes [status [Rn 2] rdb_changes_since_last_save]
         R 0 set [key_in 5 str:int] 1
         R 0 lpush [key_in 6 list:ql] live
         R 0 expire [key_in 6 list:ql] 10000
         R 0 del [key_in 7 str:emb]
         R 0 hpexpire [key_in 7 hash:ht] 100000 fields 1 f1
         wait_for_condition 500 10 {[job_field 0 $id stream-lag-bytes] == 0 && [job_field 0 $id stream-bytes] > 0} else {fail "the target lags"}
+        # They count when the slots are the target's.
+        assert_equal $changes [status [Rn 2] rdb_changes_since_last_save]
         finish $id
+        assert_morethan [status [Rn 2] rdb_changes_since_last_save] $changes
         foreach command {set lpush del expire pexpireat hpexpire hpexpireat restore} {
             assert_equal "" [cmdrstat $command [Rn 2]] "statistics of $command"
         }
