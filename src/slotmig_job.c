@@ -33,7 +33,6 @@
 #include "slotmig_job.h"
 
 #define TICK_MS 10          /* between two steps of the jobs, when nothing else calls for one */
-#define SLICE_US 1000       /* of work on the main thread in one turn of the event loop */
 
 struct slotmigConfig slotmig_config;
 int slotmig_jobs_active;
@@ -54,6 +53,7 @@ static struct {
     long long ns[WORK_COUNT];
     unsigned long long us;              /* of time, whoever had the CPU */
     int any;
+    monotime slice_end;                 /* of work that can be cut short; 0: none was done yet */
 } turn;
 static struct { unsigned long long us; long long cpu_us, work_us[WORK_COUNT]; slotMigWork most; } longest_turn;
 
@@ -284,6 +284,7 @@ static void turnEnds(void) {
     if (turn.us > longest_turn.us) longest_turn.us = turn.us;
     latencyAddSampleIfNeeded("slot-migration",(mstime_t)(turn.us/1000));
     memset(turn.ns,0,sizeof(turn.ns));
+    turn.slice_end = 0;
     turn.us = 0;
     turn.any = 0;
 }
@@ -309,8 +310,13 @@ void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg) {
     listNode *ln;
     listRewind(slotmig_jobs,&li);
     while ((ln = listNext(&li)) != NULL) jobs[i++] = listNodeValue(ln);
-    for (i = 0; i < n; i++)
-        if (!slotmigEnded(jobs[i])) fn(jobs[i],arg);    /* trimLog() alone frees them */
+    /* Each time another one is the first: together they have one slice of time. */
+    static unsigned first;
+    first++;
+    for (i = 0; i < n; i++) {
+        slotMigJob *job = jobs[(first+i)%n];
+        if (!slotmigEnded(job)) fn(job,arg);    /* trimLog() alone frees them */
+    }
     zfree(jobs);
 }
 
@@ -344,7 +350,7 @@ static int timerFired(struct aeEventLoop *el, long long id, void *data) {
     slotmigEachJob(stepJob,NULL);
     trimLog();
     slotmigWork(WORK_drain);
-    if (draining && slotmigDrainStep(getMonotonicUs()+SLICE_US)) draining = 0;
+    if (draining && slotmigDrainStep(slotmigSliceEnd())) draining = 0;
     slotmigWork(was);
     if (listLength(slotmig_jobs) == 0 && !draining) {
         timer_id = AE_DELETED_EVENT_ID;
@@ -402,7 +408,8 @@ void slotmigDrainSoon(void) {
 }
 
 monotime slotmigSliceEnd(void) {
-    return getMonotonicUs()+SLICE_US;
+    if (turn.slice_end == 0) turn.slice_end = getMonotonicUs()+SLICE_US;
+    return turn.slice_end;
 }
 
 /* What this thread has allocated and not freed, in bytes, from an arbitrary

@@ -121,7 +121,8 @@ void slotmigWantTimer(void);
 void slotmigDrainSoon(void);                        /* a shadow was merged, or a limbo left to itself */
 void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg);
 int slotmigMustNotExecute(void);                    /* inside of a command that yields, or loading */
-monotime slotmigSliceEnd(void);                     /* of work in one turn of the event loop */
+#define SLICE_US 1000               /* of work that can be cut short, in one turn of the event loop */
+monotime slotmigSliceEnd(void);                     /* of all jobs' work in this turn of the event loop */
 long long slotmigThreadMemory(void);                /* any thread */
 int slotmigCancellable(const slotMigJob *job);      /* may this node end it alone? */
 clusterNode *slotmigPeer(const slotMigJob *job);    /* NULL: forgotten */
@@ -221,7 +222,7 @@ slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, const 
 sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what);
 void slotmigSourceBeforeSleep(void);
 void slotmigSourceStep(slotMigJob *job);
-int slotmigSourceSlows(void);                       /* do writers wait for their share? */
+int slotmigSourceSlows(void);                       /* do writers wait? */
 int slotmigIsFlush(struct redisCommand *cmd);
 void slotmigSourceFlushes(slotMigJob *job);         /* the node's keys are about to be flushed */
 void slotmigSourceFlushFed(slotMigJob *job);        /* and the stream tells of it */

@@ -8,7 +8,8 @@
  *               the writes on the stream
  *   STREAMING   the target said that it has all sections. When it lags less than
  *               cluster-slot-migration-handoff-max-lag-bytes:
- *   FENCED      writes to the slots wait, CUT is sent. The target answers
+ *   FENCED      writes to the slots wait. When no module's command that began before
+ *               is still at work on them, CUT is sent. The target answers
  *               PREPARED with its counts, we compare. If that does not come
  *               within cluster-slot-migration-write-pause-timeout, or something
  *               wrote in spite of the fence, the attempt is DISCARDed: back to
@@ -66,6 +67,7 @@
 #define PACE_PERIOD 10              /* ms between two settings of the pace */
 #define ALLOWANCE 20                /* ms of the pace that may be used at once */
 #define SILENCE 1000                /* ms without a word from the target that make a hand-off hopeless */
+#define MODULE_WAIT 1000            /* ms for which writers wait for a module's command to end */
 #define ASK_ANYWAY 1000             /* ms after the commit when a link that seems alive is not trusted */
 #define WROTE_BEHIND_FENCE "something wrote to the slots behind the fence"
 #define ESTIMATE_SAMPLES 64         /* keys looked at to guess the bytes of a job */
@@ -88,6 +90,7 @@ struct slotMigSource {
     uint64_t stream_client, snapshot_client;    /* whose connections we take over, 0: none */
     int child;                      /* pid, 0: none */
     long long point;                /* stream offset of the snapshot */
+    int cut;                        /* CUT of this attempt is sent */
     int wrote;                      /* something wrote to the slots behind the cut */
     int flushed;                    /* the keys were flushed, the stream does not tell of it yet */
     size_t largest_unit;            /* bytes of the stream */
@@ -201,7 +204,7 @@ static void slotSetChange(slotSet *all, const slotSet *some, int in) {
 /* ---- pace ---- */
 
 int slotmigSourceSlows(void) {
-    return slowings != 0;
+    return slowings != 0 || fences != 0;
 }
 
 static void slowWriters(slotMigJob *job, int slow) {
@@ -644,18 +647,34 @@ static void startSnapshot(slotMigJob *job) {
 
 /* ---- FENCED ---- */
 
-static void fenceUp(slotMigJob *job) {
+/* A command of a module on the slots that began before the fence, has blocked its
+ * client while a thread works, and will write when it is answered. (One that is
+ * blocked on keys is served by writes, which wait: it is redirected.) */
+static const char *moduleAtWork(slotMigJob *job) {
+    listIter li;
+    listNode *ln;
+    if (server.blocked_clients_by_type[BLOCKED_MODULE] == 0) return NULL;
+    listRewind(server.clients,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        client *c = listNodeValue(ln);
+        if (!(c->flags & CLIENT_BLOCKED) || c->bstate.btype != BLOCKED_MODULE || c->cmd == NULL) continue;
+        if (!(c->cmd->flags & (CMD_WRITE|CMD_MAY_REPLICATE)) || dictSize(c->bstate.keys)) continue;
+        if (c->slot < 0 || slotSetHas(&job->slots,c->slot)) return c->cmd->fullname;
+    }
+    return NULL;
+}
+
+static void sendCut(slotMigJob *job) {
     slotMigSource *s = job->src;
+    const char *command = moduleAtWork(job);
+    if (command) {
+        slotmigSetReason(job,"the command '%s' is still at work on the slots",command);
+        return;
+    }
     slotMigWork was = slotmigWork(WORK_fence);
-    job->attempt++;
-    slotmigSetState(job,SLOTMIG_FENCED,NULL);
-    slotSetChange(&fenced,&job->slots,1);
-    if (fences++ == 0)
-        pauseActions(PAUSE_BY_SLOT_MIGRATION,LLONG_MAX,PAUSE_ACTION_EVICT);
-    s->fenced_at = getMonotonicUs();
+    s->cut = 1;
     s->wrote = 0;
     s->cut_epoch = server.cluster->myself->configEpoch;
-
     sds f = slotmigFrameStart(FRAME_CUT);
     f = slotmigFrameInt(f,job->attempt,8);
     f = slotmigFrameInt(f,server.master_repl_offset,8);
@@ -666,6 +685,18 @@ static void fenceUp(slotMigJob *job) {
     slotmigWork(was);
 }
 
+static void fenceUp(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    job->attempt++;
+    slotmigSetState(job,SLOTMIG_FENCED,NULL);
+    slotSetChange(&fenced,&job->slots,1);
+    if (fences++ == 0)
+        pauseActions(PAUSE_BY_SLOT_MIGRATION,LLONG_MAX,PAUSE_ACTION_EVICT);
+    s->fenced_at = getMonotonicUs();
+    s->cut = 0;
+    sendCut(job);
+}
+
 static void fenceDown(slotMigJob *job) {
     slotSetChange(&fenced,&job->slots,0);
     if (--fences == 0) unpauseActions(PAUSE_BY_SLOT_MIGRATION);
@@ -673,12 +704,14 @@ static void fenceDown(slotMigJob *job) {
 }
 
 /* Give up this attempt, not the job. */
-static void discardAttempt(slotMigJob *job, const char *why) {
+static void discardAttempt(slotMigJob *job, const char *text) {
+    sds why = sdsnew(text);     /* may be the job's own */
     fenceDown(job);
     slotmigSetState(job,SLOTMIG_STREAMING,why);
+    sdsfree(why);
     uint64_t doublings = job->attempt < RETRY_DOUBLINGS ? job->attempt : RETRY_DOUBLINGS;
     job->src->next_attempt = mstime()+(RETRY_PERIOD << doublings);
-    slotmigLinkSend(job->src->stream,slotmigFrameInt(slotmigFrameStart(FRAME_DISCARD),job->attempt,8));
+    if (job->src->cut) slotmigLinkSend(job->src->stream,slotmigFrameInt(slotmigFrameStart(FRAME_DISCARD),job->attempt,8));
 }
 
 /* The bytes that the target may lag when the fence goes up, which it takes in
@@ -801,7 +834,7 @@ static void prepared(slotMigJob *job, frameReader *r) {
     }
     uint64_t n = frameGetInt(r,8);
     uint64_t epoch = frameGetInt(r,8);
-    if (r->bad || job->state != SLOTMIG_FENCED || n != job->attempt) return;  /* of a discarded attempt */
+    if (r->bad || job->state != SLOTMIG_FENCED || !s->cut || n != job->attempt) return;  /* of a discarded attempt */
     if (slotmigFailPoint(FP_source_before_commit) == FAILPOINT_FAIL) {
         discardAttempt(job,"fail point source_before_commit");
         return;
@@ -1190,6 +1223,10 @@ void slotmigSourceStep(slotMigJob *job) {
     case SLOTMIG_FENCED:
         if ((long long)(getMonotonicUs() - s->fenced_at) > slotmig_config.write_pause_timeout*1000)
             discardAttempt(job,"the target was not prepared within cluster-slot-migration-write-pause-timeout");
+        else if (!s->cut && mstime() - job->state_since > MODULE_WAIT)
+            discardAttempt(job,job->reason);
+        else if (!s->cut)
+            sendCut(job);
         else if (s->wrote)
             discardAttempt(job,WROTE_BEHIND_FENCE);
         else if (s->held_prepared && !slotmigFailPoint(FP_source_before_commit))

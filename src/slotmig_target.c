@@ -47,7 +47,7 @@
 #define ACK_PERIOD_SHORT 5          /* then: by them the source knows when to hand off */
 #define ASK_PERIOD 200              /* ms between two questions to a silent source */
 #define PREPARED_SLOT 18            /* bytes of a slot in PREPARED */
-#define APPLY_CHECK 16              /* commands applied between two looks at the clock */
+#define REGISTER_CHECK 16           /* hashes registered between two looks at the clock */
 #define CHECK_PERIOD 10             /* ms between two looks at what must hold */
 
 int slotmig_applying;
@@ -335,7 +335,7 @@ static int slotIsReady(slotMigTarget *t, int slot) {
  * error. */
 static sds drainSome(slotMigJob *job, monotime until) {
     slotMigTarget *t = job->tgt;
-    int slot, n = 0;
+    int slot;
     while (t->draining.count && (slot = slotSetNext(&t->draining,0)) != -1) {
         list *q = t->queues[slot];
         listNode *ln;
@@ -351,7 +351,7 @@ static sds drainSome(slotMigJob *job, monotime until) {
             }
             freeQueuedOp(op);
             if (error) return error;
-            if (++n % APPLY_CHECK == 0 && getMonotonicUs() >= until) return NULL;
+            if (getMonotonicUs() >= until) return NULL;
         }
         listRelease(q);
         t->queues[slot] = NULL;
@@ -411,6 +411,7 @@ static void flushSlots(slotMigJob *job, long long offset) {
 /* One frame of writes. */
 static void takeOps(slotMigJob *job, frameReader *r) {
     slotMigTarget *t = job->tgt;
+    monotime until = slotmigSliceEnd()-SLICE_US/2;     /* the rest is for sections and for what waits */
     long long offset = frameGetInt(r,8);
     uint32_t n = frameGetInt(r,4);
     for (uint32_t i = 0; i < n; i++) {
@@ -441,7 +442,7 @@ static void takeOps(slotMigJob *job, frameReader *r) {
             op->argv[op->argc++] = createStringObject(p,len);
         }
         op->bytes = r->p - first;
-        if (slotIsReady(t,slot) && t->queues[slot] == NULL) {
+        if (slotIsReady(t,slot) && t->queues[slot] == NULL && getMonotonicUs() < until) {
             sds error = NULL;
             if (offset > t->points[slot]) {
                 error = applyOp(job,slot,op->argv,op->argc);
@@ -454,7 +455,10 @@ static void takeOps(slotMigJob *job, frameReader *r) {
             }
             countMemory(t,before);
         } else {
-            if (t->queues[slot] == NULL) t->queues[slot] = listCreate();
+            if (t->queues[slot] == NULL) {
+                t->queues[slot] = listCreate();
+                if (slotIsReady(t,slot)) slotSetAdd(&t->draining,slot);    /* no time is left in this turn */
+            }
             listAddNodeTail(t->queues[slot],op);
             t->queued_bytes += op->bytes;
             t->queued_memory += queuedOpMemory(op);
@@ -480,7 +484,7 @@ static int registerStep(slotMigJob *job, monotime until) {
     slotMigSection *s = t->registering;
     while (s->registered < s->nfield_expiry) {
         slotmigShadowRegister(t->shadow,s->field_expiry[s->registered++]);
-        if (s->registered % APPLY_CHECK == 0 && getMonotonicUs() >= until) return 0;
+        if (s->registered % REGISTER_CHECK == 0 && getMonotonicUs() >= until) return 0;
     }
     while (s->decoded < s->nraw) {
         slotMigRawValue *v = s->raw+s->decoded;
@@ -514,7 +518,7 @@ static int takeSections(slotMigJob *job, monotime until) {
     unsigned long long bytes;
     if (t->loader == NULL) return C_OK;
     if (slotmigFailPoint(FP_target_before_section) == FAILPOINT_PAUSE) return C_OK;
-    while (getMonotonicUs() < until) {
+    do {
         if (t->registering) {
             int res = registerStep(job,until);
             if (res == -1) return C_ERR;
@@ -537,7 +541,7 @@ static int takeSections(slotMigJob *job, monotime until) {
         job->keys_done += s->nkeys;
         t->shadow_memory += s->memory;
         t->registering = s;
-    }
+    } while (t->registering || getMonotonicUs() < until);
     int state = slotmigLoaderState(t->loader,&error,&bytes);
     job->bytes_done = bytes;
     if (state == -1) {
