@@ -78,6 +78,16 @@ vanilla: assemble ## build upstream without our patches in build/vanilla, for th
 	    { rm -rf '$(BUILD)/vanilla' && cp -a '$(BUILD)/upstream' '$(BUILD)/vanilla' && \
 	      $(MAKE) --no-print-directory -C '$(BUILD)/vanilla/src' PYTHON= MALLOC=libc SANITIZER= OPTIMIZATION=-O1 redis-server >/dev/null; }
 
+# Upstream's BUILD_TLS=module compiles the whole server again; its rule needs no
+# more than these two words to make the module for the server that is there.
+.PHONY: tls
+tls: assemble settings ## build redis-tls.so, TLS for the server in build/redis, with certificates for tests
+	+@$(upstream_make) redis-tls.so TLS_CLIENT_LIBS='-lssl -lcrypto' \
+	    TLS_MODULE_CFLAGS='$$(FINAL_CFLAGS) -DUSE_OPENSSL=2 -DBUILD_TLS_MODULE=2'
+	@cd '$(tree)' && mkdir -p tests/tls && \
+	    { [ -s tests/tls/redis.dh ] || openssl genpkey -genparam -algorithm DH -pkeyopt group:ffdhe2048 -out tests/tls/redis.dh 2>/dev/null; } && \
+	    utils/gen-test-certs.sh >/dev/null 2>&1 || { echo 'make tls: no certificates were made: is openssl installed?' >&2; exit 1; }
+
 .PHONY: check-upstreams
 check-upstreams: ## assemble and compile every upstream version that the lock accepts
 	@deps/redis/check-upstreams '$(BUILD)' '$(MAKE)'

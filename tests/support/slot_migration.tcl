@@ -5,7 +5,8 @@
 # key of the slots (slots_dump), the cluster as each node sees it
 # (wait_cluster_agrees), what a node holds of the system (wait_no_leftovers).
 #
-# Run as a program it is the writer of start_writers.
+# Run as a program it is what start_writers, start_pipeliners and with_forwarders
+# put beside the test.
 
 # ---- keys of a given slot ----
 
@@ -331,6 +332,49 @@ proc node_children {n} {
     return $children
 }
 
+# The established TCP connections of node n as {local-ip local-port remote-ip
+# remote-port}, from the kernel's table.
+proc node_connections {n} {
+    set inodes {}
+    foreach fd [glob -nocomplain /proc/[node_pid $n]/fd/*] {
+        if {![catch {file readlink $fd} to] && [regexp {^socket:\[(\d+)\]$} $to -> inode]} {dict set inodes $inode 1}
+    }
+    set connections {}
+    foreach table {/proc/net/tcp /proc/net/tcp6} {
+        if {[catch {open $table} file]} continue
+        foreach line [lrange [split [read $file] \n] 1 end] {
+            if {[lindex $line 3] ne "01" || ![dict exists $inodes [lindex $line 9]]} continue
+            set connection {}
+            foreach at {1 2} {
+                lassign [split [lindex $line $at] :] ip port
+                lappend connection [kernel_ip $ip] [scan $port %x]
+            }
+            lappend connections $connection
+        }
+        close $file
+    }
+    return $connections
+}
+
+proc kernel_ip {hex} {
+    if {[string length $hex] == 8} {
+        scan $hex %2x%2x%2x%2x d c b a
+        return $a.$b.$c.$d
+    }
+    set words {}
+    foreach word [regexp -all -inline {.{8}} $hex] {
+        scan $word %2x%2x%2x%2x d c b a
+        lappend words [format %x [expr {$a*256+$b}]] [format %x [expr {$c*256+$d}]]
+    }
+    set ip [join $words :]
+    expr {$ip eq "0:0:0:0:0:0:0:1" ? "::1" : $ip}
+}
+
+# Those that node n opened to this port.
+proc connections_to {n port} {
+    lsearch -all -inline -exact -index 3 [node_connections $n] $port
+}
+
 # Threads by name, without those that jemalloc starts when it likes.
 proc node_threads {n} {
     set names {}
@@ -368,6 +412,28 @@ proc wait_no_leftovers {n before} {
     wait_for_condition 500 20 {[leftovers $n $before] eq ""} else {
         fail "node $n has leftovers: [leftovers $n $before]"
     }
+}
+
+# ---- settings ----
+
+# Run the body with these settings, "node {name value ...} ...", and put back what
+# was there, whatever happens. On connections that are there already: it opens none.
+proc with_config {settings body} {
+    set undo {}
+    set failed [catch {
+        foreach {n some} $settings {
+            foreach {name value} $some {
+                set undo [linsert $undo 0 [list $n $name [lindex [R $n config get $name] 1]]]
+                R $n config set $name $value
+            }
+        }
+        uplevel 1 $body
+    } error options]
+    foreach setting $undo {
+        lassign $setting n name value
+        R $n config set $name $value
+    }
+    if {$failed} {return -options $options $error}
 }
 
 # ---- restarts ----
@@ -512,7 +578,7 @@ proc start_writers {count slots} {
     set handle {}
     for {set i 0} {$i < $count} {incr i} {
         set file [tmpfile writer]
-        set pid [exec [info nameofexecutable] tests/support/slot_migration.tcl $file [pid] $i $::tls $ports $tags >& $file.log &]
+        set pid [exec [info nameofexecutable] tests/support/slot_migration.tcl writer $file [pid] $i $::tls $ports $tags >& $file.log &]
         lappend handle [list $pid $file]
     }
     foreach writer $handle {
@@ -582,6 +648,59 @@ proc verify_writes {keys} {
             }
         }
     }
+}
+
+# Start `count` processes, each with eight connections to each of these nodes,
+# that send INCRs of keys of these slots in batches, to all nodes alike: who does
+# not own a slot answers MOVED.
+proc start_pipeliners {count nodes slots} {
+    set tags {}
+    foreach slot $slots {lappend tags [slot_tag $slot]}
+    set ports {}
+    foreach n $nodes {lappend ports [node_port $n]}
+    set handle {}
+    for {set i 0} {$i < $count} {incr i} {
+        set file [tmpfile pipeliner]
+        set pid [exec [info nameofexecutable] tests/support/slot_migration.tcl pipeliner $file [pid] $i $::tls $ports $tags >& $file.log &]
+        lappend handle [list $pid $file]
+    }
+    return $handle
+}
+
+# End them. Every key must be what was acknowledged, no more and no less. How many
+# commands were answered, by what: acked, moved.
+proc stop_pipeliners {handle} {
+    set seen {acked 0 moved 0}
+    foreach pipeliner $handle {
+        lassign $pipeliner pid file
+        close [open $file.stop w]
+        wait_for_condition 1500 10 {[file exists $file]} else {
+            fail "the pipeliner does not end: [exec cat $file.log]"
+        }
+        set fd [open $file]
+        set result [read $fd]
+        close $fd
+        if {[dict get $result errors] ne ""} {fail "errors in a pipeline: [lrange [dict get $result errors] 0 5]"}
+        dict for {key acked} [dict get $result keys] {
+            assert_equal $acked [[Rn [slot_owner 0 [R 0 cluster keyslot $key]]] get $key] "$key, acknowledged $acked times"
+            dict incr seen acked $acked
+        }
+        dict incr seen moved [dict get $result moved]
+    }
+    return $seen
+}
+
+# Run the body with a process that passes on what comes to the addresses
+# "listen-ip listen-port to-ip to-port ...", as a NAT does.
+proc with_forwarders {ways body} {
+    set file [tmpfile forwarder]
+    set pid [exec [info nameofexecutable] tests/support/slot_migration.tcl forwarder $file [pid] $ways >& $file.log &]
+    set failed [catch {
+        wait_for_condition 500 10 {[file exists $file.running]} else {fail "the forwarder did not start: [exec cat $file.log]"}
+        uplevel 1 $body
+    } error options]
+    exec kill $pid
+    if {$failed} {return -options $options $error}
 }
 
 # ---- a node of upstream's ----
@@ -700,7 +819,64 @@ proc writer_main {file parent number tls ports tags} {
     file rename $file.tmp $file
 }
 
+# ---- the pipeliner's program ----
+
+proc pipeliner_main {file parent number tls ports tags} {
+    source tests/support/redis.tcl
+    set ::tlsdir tests/tls
+    set connections {}
+    foreach port $ports {
+        for {set i 0} {$i < 8} {incr i} {lappend connections [redis 127.0.0.1 $port 1 $tls]}
+    }
+    set batch {}
+    foreach tag $tags {foreach i {0 1 2 3} {lappend batch "{$tag}pipe:$number:$i"}}
+    set keys {}
+    foreach key $batch {dict set keys $key 0}
+    set moved 0
+    set errors {}
+    while {![file exists $file.stop] && [file exists /proc/$parent] && $errors eq ""} {
+        foreach c $connections {foreach key $batch {$c incr $key}}
+        foreach c $connections {
+            foreach key $batch {
+                if {![catch {$c read} reply]} {
+                    dict incr keys $key
+                } elseif {[string match "MOVED *" $reply]} {
+                    incr moved
+                } else {
+                    lappend errors $reply
+                }
+            }
+        }
+    }
+    set fd [open $file.tmp w]
+    puts -nonewline $fd [dict create keys $keys moved $moved errors $errors]
+    close $fd
+    file rename $file.tmp $file
+}
+
+# ---- the forwarder's program ----
+
+proc forwarder_main {file parent ways} {
+    proc accept {ip port from - -} {
+        if {[catch {socket $ip $port} to]} {close $from; return}
+        foreach fd [list $from $to] {fconfigure $fd -translation binary -blocking 0 -buffering none}
+        foreach {a b} [list $from $to $to $from] {fcopy $a $b -command [list passed $from $to]}
+    }
+    proc passed {from to args} {
+        catch {close $from}
+        catch {close $to}
+    }
+    proc watch {parent} {
+        if {![file exists /proc/$parent]} exit
+        after 1000 [list watch $parent]
+    }
+    foreach {ip port to_ip to_port} $ways {socket -server [list accept $to_ip $to_port] -myaddr $ip $port}
+    watch $parent
+    close [open $file.running w]
+    vwait forever
+}
+
 if {[file tail $::argv0] eq "slot_migration.tcl"} {
-    writer_main {*}$argv
+    [lindex $argv 0]_main {*}[lrange $argv 1 end]
     exit
 }
