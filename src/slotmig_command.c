@@ -227,6 +227,7 @@ static void forwardToOwner(client *c, int first_arg, const slotSet *all) {
 /* RATE, HOLD and the like from argv[*at] on; those of a running job too if `alter`.
  * NULL: all words were understood. */
 static sds parseControl(client *c, int *at, int alter, struct slotMigControl *control) {
+    int hold = 0, pause = 0;    /* how often it was said */
     for (; *at < c->argc; (*at)++) {
         char *word = c->argv[*at]->ptr;
         if (!strcasecmp(word,"rate")) {
@@ -235,10 +236,10 @@ static sds parseControl(client *c, int *at, int alter, struct slotMigControl *co
                     *at+1 < c->argc ? (char*)c->argv[*at+1]->ptr : "");
             (*at)++;
         }
-        else if (!strcasecmp(word,"hold")) control->held = 1;
-        else if (alter && !strcasecmp(word,"release")) control->held = 0;
-        else if (alter && !strcasecmp(word,"pause")) control->paused = 1;
-        else if (alter && !strcasecmp(word,"resume")) control->paused = 0;
+        else if (!strcasecmp(word,"hold") && !hold++) control->held = 1;
+        else if (alter && !strcasecmp(word,"release") && !hold++) control->held = 0;
+        else if (alter && !strcasecmp(word,"pause") && !pause++) control->paused = 1;
+        else if (alter && !strcasecmp(word,"resume") && !pause++) control->paused = 0;
         else return sdscatprintf(sdsempty(),"syntax error at '%.64s': %s",word,alter ?
             "[RATE bytes-per-second] [HOLD|RELEASE] [PAUSE|RESUME]" :
             "SLOTSRANGE start end [start end ...] NODE node-id [RATE bytes-per-second] [HOLD]");

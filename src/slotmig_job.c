@@ -349,6 +349,7 @@ static int timerFired(struct aeEventLoop *el, long long id, void *data) {
     slotMigWork was = slotmigWork(WORK_checks);
     slotmigEachJob(stepJob,NULL);
     trimLog();
+    slotmigSourceBacklog();
     slotmigWork(WORK_drain);
     if (draining && slotmigDrainStep(slotmigSliceEnd())) draining = 0;
     slotmigWork(was);

@@ -63,6 +63,8 @@ typedef enum {
 
 extern const char *slotmig_state_names[SLOTMIG_NUM_STATES];
 
+#define PAUSED "paused: CLUSTER ALTER-SLOT-MIGRATION ID %s RESUME"   /* a reason, on both nodes */
+
 typedef struct slotMigLink slotMigLink;
 typedef struct slotMigSource slotMigSource;
 typedef struct slotMigTarget slotMigTarget;
@@ -222,6 +224,7 @@ slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, const 
 sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what);
 void slotmigSourceBeforeSleep(void);
 void slotmigSourceStep(slotMigJob *job);
+void slotmigSourceBacklog(void);                    /* when jobs have ended */
 int slotmigSourceSlows(void);                       /* do writers wait? */
 int slotmigIsFlush(struct redisCommand *cmd);
 void slotmigSourceFlushes(slotMigJob *job);         /* the node's keys are about to be flushed */
@@ -346,6 +349,7 @@ void clusterDoBeforeSleep(int flags);
 void clusterBroadcastPong(int target);
 void clusterUpdateState(void);
 void clusterSetMaster(clusterNode *n);
+struct redisCommand *lookupCommandLogic(dict *commands, robj **argv, int argc, int strict);
 int bitmapTestBit(unsigned char *bitmap, int pos);
 
 #endif

@@ -64,6 +64,7 @@
 #define SLOW_AT_FIRST 0.9           /* of what the target applies */
 #define SLOWER 0.85                 /* each CATCH_UP */
 #define SLOWEST 0.2
+#define RATE_FLOOR 64               /* writers have at least the limit divided by this, per second */
 #define PACE_PERIOD 10              /* ms between two settings of the pace */
 #define ALLOWANCE 20                /* ms of the pace that may be used at once */
 #define SILENCE 1000                /* ms without a word from the target that make a hand-off hopeless */
@@ -163,7 +164,7 @@ int slotmigFieldExpiryWaits(robj *o) {
 int slotmigMustWait(client *c, int may_replicate) {
     if ((!fences && !slowings) || !may_replicate) return 0;
     if ((c->cmd->flags & (CMD_PUBSUB|CMD_WRITE)) == CMD_PUBSUB) return 0;   /* writes nothing */
-    if (flushes(c)) return 0;
+    if (flushes(c) || (c->flags & CLIENT_MULTI && slotmigIsFlush(c->cmd))) return 0;
     if (c->slot >= 0) return slotSetHas(&fenced,c->slot) || slotSetHas(&slowed,c->slot);
     if (!fences) return 0;
     /* No key was named: it may write anywhere. */
@@ -222,12 +223,23 @@ static void endPace(slotMigJob *job) {
     unblockPostponedClients();
 }
 
+static void beginPace(slotMigJob *job, double rate) {
+    if (job->writers_rate == -1) {
+        job->src->allowance = 0;
+        job->src->allowance_at = getMonotonicUs();
+    }
+    job->writers_rate = rate;
+}
+
 void slotmigSourceWrote(slotMigJob *job, size_t bytes) {
     slotMigSource *s = job->src;
     job->stream_bytes += bytes;
     s->wrote = 1;
     if (bytes > s->largest_unit) s->largest_unit = bytes;
     s->unit_bytes += (bytes - s->unit_bytes)/64;
+    /* One turn of the event loop may bring whole pipelines: not only from the timer. */
+    if (job->writers_rate == -1 && !job->control.paused && s->stream->out_bytes > slotmig_config.buffer_limit/2)
+        beginPace(job,slotmig_config.buffer_limit/RATE_FLOOR);
     if (job->writers_rate == -1) return;
     s->allowance -= bytes;
     if (s->allowance < 0) slowWriters(job,1);
@@ -299,12 +311,8 @@ static void setPace(slotMigJob *job) {
         endPace(job);
         return;
     }
-    if (rate < limit/64) rate = limit/64;
-    if (job->writers_rate == -1) {
-        s->allowance = 0;
-        s->allowance_at = getMonotonicUs();
-    }
-    job->writers_rate = rate;
+    if (rate < limit/RATE_FLOOR) rate = limit/RATE_FLOOR;
+    beginPace(job,rate);
     slotmigSetReason(job,"%.0f bytes wait to be applied: the writers of the slots are slowed to %.0f bytes of the stream per second",
         lag,rate);
 }
@@ -602,11 +610,28 @@ static void childDone(int exitcode, int bysignal, void *data) {
         sdsnew("the snapshot's child process could not write to the target"));
 }
 
+static int made_backlog;    /* for a job, there was none */
+
+/* A node without replicas is to be as it was before: a backlog costs each write. */
+void slotmigSourceBacklog(void) {
+    listIter li;
+    listNode *ln;
+    if (!made_backlog) return;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (((slotMigJob*)listNodeValue(ln))->role == SLOTMIG_SOURCE) return;
+    made_backlog = 0;
+    if (server.repl_backlog == NULL || listLength(server.slaves) || server.masterhost) return;
+    changeReplicationId();  /* its offset will not count any more */
+    clearReplicationId2();
+    freeReplicationBacklog();
+}
+
 static void startSnapshot(slotMigJob *job) {
     slotMigSource *s = job->src;
     slotMigWork was;
     if (job->control.paused) {
-        slotmigSetReason(job,"paused: CLUSTER ALTER-SLOT-MIGRATION ID %s RESUME",job->id);
+        slotmigSetReason(job,PAUSED,job->id);
         return;
     }
     if (slotmigFailPoint(FP_source_before_fork) == FAILPOINT_PAUSE) {
@@ -620,6 +645,7 @@ static void startSnapshot(slotMigJob *job) {
         changeReplicationId();
         clearReplicationId2();
         createReplicationBacklog();
+        made_backlog = 1;
     }
     s->point = server.master_repl_offset;
     job->keys_total = 0;
@@ -727,7 +753,7 @@ static void tryFence(slotMigJob *job) {
     slotMigSource *s = job->src;
     unsigned long long lag = job->stream_bytes - job->stream_applied;
     if (job->control.paused) {
-        slotmigSetReason(job,"paused: CLUSTER ALTER-SLOT-MIGRATION ID %s RESUME",job->id);
+        slotmigSetReason(job,PAUSED,job->id);
         return;
     }
     if (job->control.held) {
@@ -808,6 +834,27 @@ static void redirectBlockedClients(slotMigJob *job) {
     zfree(ids);
 }
 
+/* Transactions that watch keys of the slots fail. Touching a key changes the
+ * dict of watched keys, also elsewhere than at that key: names first. */
+static void touchWatchedKeys(slotMigJob *job) {
+    list *keys = listCreate();
+    listSetFreeMethod(keys,(void (*)(void*))decrRefCount);
+    dictIterator *di = dictGetIterator(server.db[0].watched_keys);
+    dictEntry *de;
+    while ((de = dictNext(di)) != NULL) {
+        robj *key = dictGetKey(de);
+        if (!slotSetHas(&job->slots,keyHashSlot(key->ptr,sdslen(key->ptr)))) continue;
+        incrRefCount(key);
+        listAddNodeTail(keys,key);
+    }
+    dictReleaseIterator(di);
+    listIter li;
+    listNode *ln;
+    listRewind(keys,&li);
+    while ((ln = listNext(&li)) != NULL) touchWatchedKey(server.db,listNodeValue(ln));
+    listRelease(keys);
+}
+
 static void commit(slotMigJob *job) {
     slotMigSource *s = job->src;
     job->write_pause_us = getMonotonicUs() - s->fenced_at;
@@ -821,6 +868,9 @@ static void commit(slotMigJob *job) {
     } else {
         slotmigLinkFlush(s->stream);
     }
+    /* Clients that cache keys of the slots, or watch them, hear of it. */
+    if (server.tracking_clients) trackingInvalidateKeysOnFlush(1);
+    touchWatchedKeys(job);
     fenceDown(job);
     redirectBlockedClients(job);
 }
@@ -927,27 +977,6 @@ void slotmigDatasetChanged(void) {
     if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
 }
 
-/* Transactions that watch keys of the slots fail. Touching a key changes the
- * dict of watched keys, also elsewhere than at that key: names first. */
-static void touchWatchedKeys(slotMigJob *job) {
-    list *keys = listCreate();
-    listSetFreeMethod(keys,(void (*)(void*))decrRefCount);
-    dictIterator *di = dictGetIterator(server.db[0].watched_keys);
-    dictEntry *de;
-    while ((de = dictNext(di)) != NULL) {
-        robj *key = dictGetKey(de);
-        if (!slotSetHas(&job->slots,keyHashSlot(key->ptr,sdslen(key->ptr)))) continue;
-        incrRefCount(key);
-        listAddNodeTail(keys,key);
-    }
-    dictReleaseIterator(di);
-    listIter li;
-    listNode *ln;
-    listRewind(keys,&li);
-    while ((ln = listNext(&li)) != NULL) touchWatchedKey(server.db,listNodeValue(ln));
-    listRelease(keys);
-}
-
 /* The target has the slots, with this epoch. */
 static void handOffDone(slotMigJob *job, uint64_t epoch) {
     clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
@@ -969,17 +998,16 @@ static void handOffDone(slotMigJob *job, uint64_t epoch) {
             if (target) clusterAddSlot(target,j);
             slotSetAdd(&given,j);
         }
-        /* Not to the disk at once: the target's claim would tell us again. */
-        clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE);
+        /* That they were given away must be written before their keys go; not forced
+         * to the disk, since the target's claim would tell us again. */
+        clusterSaveConfigOrDie(0);
+        clusterDoBeforeSleep(CLUSTER_TODO_UPDATE_STATE);
     }
     slotmigSetState(job,SLOTMIG_TRIMMING,NULL);
     if (job->src->stream) {
         slotmigLinkFree(job->src->stream);
         job->src->stream = NULL;
     }
-    /* Clients that cache keys of ours, or watch them, hear of it. */
-    if (server.tracking_clients) trackingInvalidateKeysOnFlush(1);
-    touchWatchedKeys(job);
     job->src->limbo = slotmigLimboCreate();
     slotmigWork(was);
 }
@@ -1216,6 +1244,10 @@ void slotmigSourceStep(slotMigJob *job) {
         } else {
             startSnapshot(job);
         }
+        break;
+    case SLOTMIG_SNAPSHOT:
+        if (job->control.paused) slotmigSetReason(job,PAUSED,job->id);
+        else if (job->writers_rate == -1 && sdslen(job->reason)) slotmigSetReason(job,"%s","");
         break;
     case SLOTMIG_STREAMING:
         tryFence(job);

@@ -224,7 +224,8 @@ static void startDials(slotMigJob *job) {
 
 /* The command of argv, as the stream may contain it. NULL: it may not. */
 static struct redisCommand *streamCommand(robj **argv, int argc) {
-    struct redisCommand *cmd = lookupCommandOrOriginal(argv,argc);
+    /* The source sends built-in names, which a renamed one of ours may have taken. */
+    struct redisCommand *cmd = lookupCommandLogic(server.orig_commands,argv,argc,0);
     if (cmd == NULL || !(cmd->flags & (CMD_WRITE|CMD_MAY_REPLICATE))) return NULL;
     /* These would leave the shadow. Effects are replicated, so they never come. */
     if (cmd->proc == moveCommand || cmd->proc == swapdbCommand || cmd->proc == flushallCommand ||
@@ -922,6 +923,8 @@ void slotmigTargetStep(slotMigJob *job) {
     job->stream_applied = t->ops_bytes - t->queued_bytes;
     /* What cannot be kept waits at the source, which has its own bound. */
     if (t->stream) slotmigLinkStopReading(t->stream,t->queued_memory > slotmig_config.buffer_limit);
+    if (job->control.paused && job->state < SLOTMIG_PREPARING) slotmigSetReason(job,PAUSED,job->id);
+    else if (!strncmp(job->reason,PAUSED,6)) slotmigSetReason(job,"%s","");
     sendAck(job);
     if (job->state == SLOTMIG_PREPARING) prepare(job);
 }

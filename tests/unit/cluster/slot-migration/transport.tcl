@@ -400,6 +400,20 @@ foreach {at title} {0 "at the source only" 1 "at the target only"} {
     }
 }
 
+start_uneven 1 {rename-command {APPEND ADDTO} rename-command {SET APPEND}} {
+    test "A command's name that the target has given to another one is not mistaken" {
+        R 0 set [key_in 5 live] before
+        failpoint 0 source_before_cut pause
+        set id [migrate 0 1 5 6]
+        wait_job_state 0 $id streaming
+        R 0 append [key_in 5 live] :streamed
+        wait_not_behind $id
+        failpoint 0 source_before_cut off
+        wait_migrated 0 1 $id
+        assert_equal before:streamed [R 1 get [key_in 5 live]]
+    }
+}
+
 set ::cluster_name(0) topology
 start_uneven 0 {rename-command {CLUSTER topology}} {
     test "A source whose CLUSTER is renamed: the job fails and names the command" {
