@@ -26,6 +26,9 @@
  *                           complete <- AUX slot-index, trailer, EOF, CRC
  *   slotmigLoaderFree (joins)
  *
+ * Values are validated in depth as upstream does for RESTORE from a client, for they
+ * are made of bytes whose sum is known only when their section has ended.
+ *
  * What must never happen: a byte from the network that ends the process, and a
  * section that counts as arrived and is not what was sent.
  *
@@ -488,7 +491,7 @@ static int loadSnapshot(slotMigLoader *l) {
     if (rioRead(rdb,magic,9) == 0) return C_ERR;
     int version = memcmp(magic,"REDIS",5) ? 0 : atoi(magic+5);
     if (version < 12 || version > RDB_VERSION) {
-        loaderFail(l,"what arrives is not an RDB of a version that this node reads");
+        loaderFail(l,"what arrives at offset 0 is not an RDB of a version that this node reads");
         return C_ERR;
     }
     for (;;) {
@@ -524,7 +527,7 @@ static int loadSnapshot(slotMigLoader *l) {
         }
         case RDB_OPCODE_SELECTDB:
             if (rdbLoadLen(rdb,NULL) != 0) {
-                loaderFail(l,"a database other than 0");
+                loaderFail(l,"a database other than 0 at offset %llu",(unsigned long long)l->offset);
                 return C_ERR;
             }
             break;

@@ -25,7 +25,8 @@
  * On the source a slot leaves database 0 for a *limbo*, in O(1). Hashes in it are
  * still registered in the database's ebuckets: slices take them out, upstream's
  * active expiry forgets those that it meets (slotmigFieldExpiryLeaves()), and only
- * then the limbo is freed in the background.
+ * then the limbo is freed in the background. When modules are loaded, slices also
+ * tell them of the keys, which may have parts of their values elsewhere.
  *
  * All on the main thread, but for slotmigEbTag() and slotmigSection*().
  *
@@ -37,6 +38,7 @@
 
 #define SHADOWS 8           /* userData has 3 bits; 0 is the database's own */
 #define DRAIN_CHECK 64      /* hashes moved between two looks at the clock */
+#define LIMBO_CHECK 16      /* buckets of keys looked at, the same */
 
 typedef enum { SHADOW_FREE, SHADOW_IN_USE, SHADOW_DRAINING } shadowState;
 
@@ -110,6 +112,14 @@ static void freeStoresInBackground(kvstore *keys, kvstore *expires, ebuckets fie
 
 /* ---- shadows ---- */
 
+/* What is to be done with the keys of a limbo before they are freed. */
+#define LIMBO_FIELDS 1      /* hashes may be registered in the database's ebuckets */
+#define LIMBO_LEAVE 2       /* modules hear of each key that leaves, as upstream tells them */
+#define LIMBO_UNLINK 4      /* modules' values that nobody saw: what they keep elsewhere goes */
+
+static slotMigLimbo *createLimbo(kvstore *keys, kvstore *expires, ebuckets field_expiry, int work);
+static int modulesListen(void);
+
 /* NULL when all are in use or draining: try again later. */
 slotMigShadow *slotmigShadowCreate(void) {
     slotMigShadow *s = NULL;
@@ -174,18 +184,26 @@ unsigned long long slotmigShadowMerge(slotMigShadow *s) {
     return keys;
 }
 
-/* All its keys go, in the background. */
-void slotmigShadowEmpty(slotMigShadow *s) {
-    freeStoresInBackground(s->db.keys,s->db.expires,s->db.hexpires);
-    createSlotStores(&s->db.keys,&s->db.expires);
+/* All its keys go, in the background. Clears their places in the shadow. */
+static void freeKeys(slotMigShadow *s) {
+    if (kvstoreSize(s->db.keys) && modulesListen())
+        slotmigLimboFree(createLimbo(s->db.keys,s->db.expires,s->db.hexpires,LIMBO_UNLINK));
+    else
+        freeStoresInBackground(s->db.keys,s->db.expires,s->db.hexpires);
+    s->db.keys = s->db.expires = NULL;
     s->db.hexpires = ebCreate();
+}
+
+/* As if nothing had been attached yet. */
+void slotmigShadowEmpty(slotMigShadow *s) {
+    freeKeys(s);
+    createSlotStores(&s->db.keys,&s->db.expires);
 }
 
 void slotmigShadowDrop(slotMigShadow *s) {
     if (s == NULL) return;
-    freeStoresInBackground(s->db.keys,s->db.expires,s->db.hexpires);
+    freeKeys(s);
     freeWaitingDicts(&s->db);
-    s->db.hexpires = ebCreate();
     s->state = SHADOW_FREE;
 }
 
@@ -238,8 +256,8 @@ sds slotmigFieldExpiryKey(robj *o) {
 
 struct slotMigLimbo {
     kvstore *keys, *expires;
-    slotSet slots;
-    int registered;         /* some of the hashes may be in the database's ebuckets */
+    ebuckets field_expiry;  /* of a shadow that was dropped */
+    int work;
     int slot;               /* next to look at */
     unsigned long long cursor;
 };
@@ -247,15 +265,35 @@ struct slotMigLimbo {
 static list *limbos;        /* all that exist */
 static list *left_alone;    /* those of them that nobody else steps */
 
-slotMigLimbo *slotmigLimboCreate(void) {
+/* Is there a module besides upstream's own vector sets, which keep nothing
+ * elsewhere and listen to nothing? */
+static int modulesListen(void) {
+    sds text = genModulesInfoString(sdsempty());
+    int found = 0;
+    for (char *p = text; (p = strstr(p,"module:name=")) != NULL && !found; p++)
+        found = strncmp(p,"module:name=vectorset,",22) != 0;
+    sdsfree(text);
+    return found;
+}
+
+static slotMigLimbo *createLimbo(kvstore *keys, kvstore *expires, ebuckets field_expiry, int work) {
     slotMigLimbo *limbo = zcalloc(sizeof(*limbo));
-    createSlotStores(&limbo->keys,&limbo->expires);
+    limbo->keys = keys;
+    limbo->expires = expires;
+    limbo->field_expiry = field_expiry;
+    limbo->work = work;
     if (limbos == NULL) {
         limbos = listCreate();
         left_alone = listCreate();
     }
     listAddNodeTail(limbos,limbo);
     return limbo;
+}
+
+slotMigLimbo *slotmigLimboCreate(void) {
+    kvstore *keys, *expires;
+    createSlotStores(&keys,&expires);
+    return createLimbo(keys,expires,ebCreate(),modulesListen() ? LIMBO_LEAVE : 0);
 }
 
 /* Take a slot out of database 0. The number of its keys. */
@@ -265,58 +303,79 @@ unsigned long long slotmigLimboTake(slotMigLimbo *limbo, int slot) {
     if (keys == 0) return 0;
     kvstoreMoveDict(db->keys,slot,limbo->keys,slot);
     kvstoreMoveDict(db->expires,slot,limbo->expires,slot);
-    slotSetAdd(&limbo->slots,slot);
-    if (db->hexpires || slotmigAnyShadowDraining()) limbo->registered = 1;
+    if (db->hexpires || slotmigAnyShadowDraining()) limbo->work |= LIMBO_FIELDS;
     return keys;
 }
 
-/* From upstream's active expiry of hash fields: must the hash be forgotten? */
+/* From upstream's active expiry of hash fields: must the hash be forgotten, because
+ * it is the database's no more? */
 int slotmigFieldExpiryLeaves(robj *o) {
-    listIter li;
-    listNode *ln;
     if (__builtin_expect(limbos == NULL || listLength(limbos) == 0,1)) return 0;
     sds key = slotmigFieldExpiryKey(o);
-    int slot = keyHashSlot(key,sdslen(key));
-    listRewind(limbos,&li);
-    while ((ln = listNext(&li)) != NULL)
-        if (slotSetHas(&((slotMigLimbo*)listNodeValue(ln))->slots,slot)) return 1;
-    return 0;
+    dictEntry *de = kvstoreDictFind(server.db[0].keys,keyHashSlot(key,sdslen(key)),key);
+    return de == NULL || dictGetVal(de) != o;
 }
 
-static void unlinkFieldExpiry(void *privdata, const dictEntry *de) {
-    UNUSED(privdata);
-    robj *o = dictGetVal(de);
-    if (o->type == OBJ_HASH) hashTypeRemoveFromExpires(&server.db[0].hexpires,o);
+/* As in upstream's module.c, which declares it in no header. */
+struct RedisModuleKeyOptCtx {
+    struct redisObject *from_key, *to_key;
+    int from_dbid, to_dbid;
+};
+
+static void unlinkModuleValue(robj *key, robj *o) {
+    moduleValue *mv = o->ptr;
+    struct RedisModuleKeyOptCtx ctx = { key, NULL, 0, -1 };
+    if (mv->type->unlink2) mv->type->unlink2(&ctx,mv->value);
+    else if (mv->type->unlink) mv->type->unlink(key,mv->value);
 }
 
-/* Take hashes out of the database's ebuckets until the clock reads `until`. 1:
- * none is left there. */
+static void limboKey(void *privdata, const dictEntry *de) {
+    slotMigLimbo *limbo = privdata;
+    robj *o = dictGetVal(de), *key;
+    if (limbo->work & LIMBO_FIELDS && o->type == OBJ_HASH) hashTypeRemoveFromExpires(&server.db[0].hexpires,o);
+    if (!(limbo->work & LIMBO_LEAVE) && !(limbo->work & LIMBO_UNLINK && o->type == OBJ_MODULE)) return;
+    key = createStringObject(dictGetKey(de),sdslen(dictGetKey(de)));
+    if (limbo->work & LIMBO_LEAVE) {
+        enterExecutionUnit(1,0);
+        moduleNotifyKeyUnlink(key,o,0,DB_FLAG_KEY_DELETED);
+        moduleNotifyKeyspaceEvent(NOTIFY_GENERIC,"del",key,0);
+        exitExecutionUnit();
+        postExecutionUnitOperations();
+    } else {
+        unlinkModuleValue(key,o);
+    }
+    decrRefCount(key);
+}
+
+/* Do what is to be done with the keys, until the clock reads `until`. 1: it is done. */
 int slotmigLimboStep(slotMigLimbo *limbo, monotime until) {
     int n = 0;
-    if (!limbo->registered) return 1;
-    while ((limbo->slot = slotSetNext(&limbo->slots,limbo->slot)) != -1) {
+    for (; limbo->work && limbo->slot < CLUSTER_SLOTS; limbo->slot++) {
+        if (kvstoreDictSize(limbo->keys,limbo->slot) == 0) continue;
         do {
-            limbo->cursor = kvstoreScan(limbo->keys,limbo->cursor,limbo->slot,unlinkFieldExpiry,NULL,NULL);
-            if (++n % DRAIN_CHECK == 0 && getMonotonicUs() >= until && limbo->cursor) return 0;
+            limbo->cursor = kvstoreScan(limbo->keys,limbo->cursor,limbo->slot,limboKey,NULL,limbo);
+            if (++n % LIMBO_CHECK == 0 && getMonotonicUs() >= until && limbo->cursor) return 0;
         } while (limbo->cursor);
-        limbo->slot++;
-        if (getMonotonicUs() >= until) return 0;
+        if (getMonotonicUs() >= until) {
+            limbo->slot++;
+            return 0;
+        }
     }
-    limbo->registered = 0;
+    limbo->work = 0;
     return 1;
 }
 
-/* Frees what was taken, in the background; what is still registered first becomes
- * unregistered, by and by. */
+/* Frees what was taken, in the background; if something is to be done first, by
+ * and by. */
 void slotmigLimboFree(slotMigLimbo *limbo) {
     if (limbo == NULL) return;
-    if (limbo->registered) {
+    if (limbo->work) {
         listAddNodeTail(left_alone,limbo);
         slotmigDrainSoon();
         return;
     }
     listDelNode(limbos,listSearchKey(limbos,limbo));
-    freeStoresInBackground(limbo->keys,limbo->expires,NULL);
+    freeStoresInBackground(limbo->keys,limbo->expires,limbo->field_expiry);
     zfree(limbo);
 }
 
@@ -337,7 +396,7 @@ static void limbosFlushed(void) {
     listNode *ln;
     if (limbos == NULL) return;
     listRewind(limbos,&li);
-    while ((ln = listNext(&li)) != NULL) ((slotMigLimbo*)listNodeValue(ln))->registered = 0;
+    while ((ln = listNext(&li)) != NULL) ((slotMigLimbo*)listNodeValue(ln))->work &= ~LIMBO_FIELDS;
 }
 
 /* ---- both ---- */

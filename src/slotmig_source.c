@@ -604,7 +604,10 @@ static void childDone(int exitcode, int bysignal, void *data) {
     slotMigJob *job = data;
     slotMigSource *s = job->src;
     s->child = 0;
-    if (exitcode == 0 && bysignal == 0) return;
+    if (exitcode == 0 && bysignal == 0) {
+        shutdown(s->snapshot->fd,SHUT_WR);      /* if anything is missing, the loader need not wait for it */
+        return;
+    }
     slotmigFail(job,SLOTMIG_FAILED,bysignal ?
         sdscatprintf(sdsempty(),"the snapshot's child process was ended by signal %d",bysignal) :
         sdsnew("the snapshot's child process could not write to the target"));
