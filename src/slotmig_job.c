@@ -250,19 +250,21 @@ void slotmigFail(slotMigJob *job, slotMigState state, sds error) {
 
 /* ---- the watch ---- */
 
-static long long workClock(slotMigWork what) {
+/* The feed is timed by the clock that was read anyway. */
+static long long workClock(slotMigWork what, monotime now) {
     struct timespec ts;
-    if (what == WORK_feed) return getMonotonicUs()*1000;
+    if (what == WORK_feed) return now*1000;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID,&ts);
     return ts.tv_sec*1000000000LL + ts.tv_nsec;
 }
 
 slotMigWork slotmigWork(slotMigWork what) {
     slotMigWork was = turn.now;
-    if (was == WORK_none) turn.began = getMonotonicUs();
-    else turn.ns[was] += workClock(was) - turn.since;
-    if (what == WORK_none) turn.us += getMonotonicUs() - turn.began;
-    else turn.since = workClock(what);
+    monotime now = getMonotonicUs();
+    if (was == WORK_none) turn.began = now;
+    else turn.ns[was] += workClock(was,now) - turn.since;
+    if (what == WORK_none) turn.us += now - turn.began;
+    else turn.since = workClock(what,now);
     turn.now = what;
     turn.any = 1;
     return was;

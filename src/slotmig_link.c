@@ -201,7 +201,9 @@ static void readFrames(connection *conn) {
 }
 
 static void linkReadHandler(connection *conn) {
-    slotMigWork was = slotmigWork(WORK_frames);
+    slotMigLink *l = connGetPrivateData(conn);
+    /* What a target reads is mostly commands; too many to time each. */
+    slotMigWork was = slotmigWork(l->job->role == SLOTMIG_TARGET ? WORK_apply : WORK_frames);
     readFrames(conn);
     slotmigWork(was);
 }

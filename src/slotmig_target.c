@@ -468,9 +468,7 @@ static void takeOps(slotMigJob *job, frameReader *r) {
 }
 
 static void gotOps(slotMigJob *job, frameReader *r) {
-    slotMigWork was = slotmigWork(WORK_apply);
     takeOps(job,r);
-    slotmigWork(was);
     if (slotmigEnded(job)) return;
     job->stream_applied = job->tgt->ops_bytes - job->tgt->queued_bytes;
     if (job->tgt->all_ready) sendAck(job);
@@ -861,8 +859,8 @@ static void targetClosed(slotMigJob *job, const char *why) {
 
 static void sendAck(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
-    if (t->stream == NULL || mstime() - t->last_ack < (t->all_ready ? ACK_PERIOD_SHORT : ACK_PERIOD)) return;
-    t->last_ack = mstime();
+    if (t->stream == NULL || server.mstime - t->last_ack < (t->all_ready ? ACK_PERIOD_SHORT : ACK_PERIOD)) return;
+    t->last_ack = server.mstime;
     sds f = slotmigFrameStart(FRAME_ACK);
     f = slotmigFrameInt(f,job->keys_done,8);
     f = slotmigFrameInt(f,job->bytes_done,8);
