@@ -72,6 +72,7 @@ int slotmigDropsGivenSlot(int slot);                 /* 1: its keys were an old 
 void slotmigFlushed(struct redisDb *dbarray, int dbnum); /* before db `dbnum` (-1: all) is emptied */
 extern int slotmig_applying;            /* A command of the stream runs in a shadow right now. */
 #define slotmigApplying() (__builtin_expect(slotmig_applying, 0))
+void slotmigFreesLater(struct redisObject *key, struct redisObject *o);    /* what it deletes, in the background */
 
 /* Hash-field expiry of a shadow lives in an ebuckets of its own. Items carry
  * its number (1..7, 0 is the database's own) in ExpireMeta.userData, so that

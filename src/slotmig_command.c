@@ -419,7 +419,7 @@ static void alterSlotMigration(client *c) {
     if (job == NULL) return;
     struct slotMigControl control = job->control;
     sds error = parseControl(c,&at,1,&control);
-    if (error == NULL && slotmigEnded(job))
+    if (error == NULL && (slotmigEnded(job) || job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_TRIMMING || job->state == SLOTMIG_TAKEN))
         error = sdscatprintf(sdsempty(),"Slot migration %s is %s: there is nothing to alter",job->id,slotmig_state_names[job->state]);
     if (error) {
         addReplyErrorFormat(c,"%s",error);

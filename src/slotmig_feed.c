@@ -127,6 +127,7 @@ static void sendOps(slotMigJob *job, sds f, uint32_t count) {
 static void feedJob(slotMigJob *job, feedOp *ops, int n) {
     sds f = NULL;
     uint32_t count = 0;
+    unsigned long long before = job->stream_bytes;
     for (int i = 0; i < n; i++) {
         if (!feedOpTouches(ops+i,job)) continue;
         if (slotmigFailPoint(FP_source_drops_command) == FAILPOINT_FAIL) continue;
@@ -162,6 +163,7 @@ static void feedJob(slotMigJob *job, feedOp *ops, int n) {
     }
     if (f && sdslen(f) <= FRAME_MAX && count) sendOps(job,f,count);
     else sdsfree(f);
+    if (job->stream_bytes != before) slotmigSourceUnit(job,job->stream_bytes-before);
 }
 
 /* Called at the end of an execution unit. A module's key extractor runs module

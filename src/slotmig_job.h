@@ -234,6 +234,7 @@ void slotmigSourceFree(slotMigJob *job);
 slotMigLink *slotmigSourceStream(slotMigJob *job);
 int slotmigSourceFollows(const slotMigJob *job);    /* do its slots' writes go into the stream? */
 void slotmigSourceWrote(slotMigJob *job, size_t bytes);
+void slotmigSourceUnit(slotMigJob *job, size_t bytes);
 void slotmigSourceDoom(slotMigJob *job, sds error); /* fails it at its next step */
 void slotmigDatasetChanged(void);
 void slotmigSourceForce(slotMigJob *job);           /* take back after the commit */
@@ -349,6 +350,7 @@ void clusterDoBeforeSleep(int flags);
 void clusterBroadcastPong(int target);
 void clusterUpdateState(void);
 void clusterSetMaster(clusterNode *n);
+size_t objectComputeSize(robj *key, robj *o, size_t sample_size, int dbid);
 struct redisCommand *lookupCommandLogic(dict *commands, robj **argv, int argc, int strict);
 int bitmapTestBit(unsigned char *bitmap, int pos);
 

@@ -47,7 +47,7 @@
 #define LOADER_BUFFER (128*1024)
 #define LOADER_POLL 100                 /* ms between two looks at `stop` while no byte comes */
 #define LOADER_ERROR_MAX 512
-#define PACE_BURST 50                   /* ms of the rate limit that may come at once */
+#define PACE_BURST 250                  /* ms of the rate limit that may come at once */
 #define KEY_OVERHEAD 96                 /* bytes of memory a key takes besides its text, if the allocator does not tell */
 
 /* The presizing of a dict follows a number from the network: a section of more

@@ -64,12 +64,18 @@
 #define SLOW_AT_FIRST 0.9           /* of what the target applies */
 #define SLOWER 0.85                 /* each CATCH_UP */
 #define SLOWEST 0.2
-#define RATE_FLOOR 64               /* writers have at least the limit divided by this, per second */
+#define LOWEST_UNITS 10             /* commands a second that writers have at least, */
+#define LOWEST_SHARE 256            /* but not more than the limit divided by this */
+#define DEBT 100                    /* ms of the pace that one big write may cost the next */
+#define WAKE_LOOKS 10000            /* postponed clients looked at, at most, to wake some */
+#define BEHIND_MAX 40               /* ms that the target may be behind when the fence goes up */
+#define BEHIND_SAMPLES 128
 #define PACE_PERIOD 10              /* ms between two settings of the pace */
 #define ALLOWANCE 20                /* ms of the pace that may be used at once */
 #define SILENCE 1000                /* ms without a word from the target that make a hand-off hopeless */
 #define MODULE_WAIT 1000            /* ms for which writers wait for a module's command to end */
 #define ASK_ANYWAY 1000             /* ms after the commit when a link that seems alive is not trusted */
+#define HELD_BACK "HOLD or PAUSE came in the middle of the hand-off"
 #define WROTE_BEHIND_FENCE "something wrote to the slots behind the fence"
 #define ESTIMATE_SAMPLES 64         /* keys looked at to guess the bytes of a job */
 #define ESTIMATE_EXACTLY (16*1024)  /* bytes of memory up to which a sample is written to nowhere to learn its size */
@@ -78,9 +84,7 @@
 
 /* upstream's, not declared in its headers */
 int RM_Fork(void (*done)(int exitcode, int bysignal, void *user_data), void *user_data);
-int RM_KillForkChild(int child_pid);
 int RM_ExitFromChild(int retcode);
-size_t objectComputeSize(robj *key, robj *o, size_t sample_size, int dbid);
 int rdbSaveInfoAuxFields(rio *rdb, int rdbflags, rdbSaveInfo *rsi);
 const char *strChildType(int type);
 
@@ -101,6 +105,9 @@ struct slotMigSource {
     unsigned long long applied_then, streamed_then;
     double applied_rate, streamed_rate;     /* bytes per second that the target applies, that writers stream */
     int slowing;                    /* the slots are in `slowed` */
+    struct { unsigned long long bytes; mstime_t at; } streamed[BEHIND_SAMPLES];     /* the stream's length, each PACE_PERIOD */
+    unsigned next_sample;
+    int module_waited;              /* the last attempt ended because of a module's command */
     mstime_t next_pace, next_check;
     sds held_prepared;              /* PREPARED, held by a fail point */
     sds doomed;                     /* what the feed found; it must not end a job itself */
@@ -223,6 +230,12 @@ static void endPace(slotMigJob *job) {
     unblockPostponedClients();
 }
 
+/* Writers are never stopped altogether. */
+static double lowestRate(const slotMigJob *job) {
+    double units = job->src->unit_bytes*LOWEST_UNITS, share = slotmig_config.buffer_limit/(double)LOWEST_SHARE;
+    return units < share ? units+1 : share;
+}
+
 static void beginPace(slotMigJob *job, double rate) {
     if (job->writers_rate == -1) {
         job->src->allowance = 0;
@@ -235,24 +248,37 @@ void slotmigSourceWrote(slotMigJob *job, size_t bytes) {
     slotMigSource *s = job->src;
     job->stream_bytes += bytes;
     s->wrote = 1;
-    if (bytes > s->largest_unit) s->largest_unit = bytes;
-    s->unit_bytes += (bytes - s->unit_bytes)/64;
     /* One turn of the event loop may bring whole pipelines: not only from the timer. */
-    if (job->writers_rate == -1 && !job->control.paused && s->stream->out_bytes > slotmig_config.buffer_limit/2)
-        beginPace(job,slotmig_config.buffer_limit/RATE_FLOOR);
+    if (job->writers_rate == -1 && !job->control.paused && job->stream_bytes - job->stream_applied > slotmig_config.buffer_limit/2)
+        beginPace(job,lowestRate(job));
     if (job->writers_rate == -1) return;
     s->allowance -= bytes;
+    /* The rate takes account of what is there by now: no debt for ever after something big. */
+    if (s->allowance < -job->writers_rate*(DEBT/1000.0)) s->allowance = -job->writers_rate*(DEBT/1000.0);
     if (s->allowance < 0) slowWriters(job,1);
+}
+
+/* A unit of writes has been sent, in one frame or several. */
+void slotmigSourceUnit(slotMigJob *job, size_t bytes) {
+    if (bytes > job->src->largest_unit) job->src->largest_unit = bytes;
+    job->src->unit_bytes += (bytes - job->src->unit_bytes)/64;
 }
 
 /* Those who waited longest first, and no more than there is for: the others would
  * only have to wait again. */
-static void wakeWriters(slotMigSource *s) {
-    int n = 1 + s->allowance/(s->unit_bytes+1);
+static void wakeWriters(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    double n = 1 + s->allowance/(s->unit_bytes+1);
+    int looked = 0;
     listIter li;
     listNode *ln;
     listRewind(server.postponed_clients,&li);
-    while (n-- > 0 && (ln = listNext(&li)) != NULL) unblockClient(listNodeValue(ln),1);
+    while (n >= 1 && looked++ < WAKE_LOOKS && (ln = listNext(&li)) != NULL) {
+        client *c = listNodeValue(ln);
+        if (c->slot >= 0 && !slotSetHas(&job->slots,c->slot)) continue;     /* waits for something else */
+        unblockClient(c,1);
+        n--;
+    }
 }
 
 static void growAllowance(slotMigJob *job) {
@@ -265,7 +291,7 @@ static void growAllowance(slotMigJob *job) {
     if (s->allowance > most) s->allowance = most;
     if (s->allowance <= 0) return;
     slowWriters(job,0);
-    if (listLength(server.postponed_clients)) wakeWriters(s);
+    if (listLength(server.postponed_clients)) wakeWriters(job);
 }
 
 static void measureRates(slotMigJob *job) {
@@ -284,6 +310,22 @@ static void measureRates(slotMigJob *job) {
 
 static unsigned long long allowedLag(const slotMigJob *job);
 
+static void sampleStream(slotMigJob *job) {
+    unsigned i = job->src->next_sample++ % BEHIND_SAMPLES;
+    job->src->streamed[i].bytes = job->stream_bytes;
+    job->src->streamed[i].at = mstime();
+}
+
+/* How old, in ms, is the oldest write that the target has not applied yet? By bytes
+ * one cannot tell: a short command may take long. */
+static mstime_t behind(const slotMigJob *job) {
+    const slotMigSource *s = job->src;
+    unsigned n = s->next_sample < BEHIND_SAMPLES ? s->next_sample : BEHIND_SAMPLES;
+    for (unsigned i = s->next_sample-n; i != s->next_sample; i++)
+        if (s->streamed[i%BEHIND_SAMPLES].bytes > job->stream_applied) return mstime() - s->streamed[i%BEHIND_SAMPLES].at;
+    return 0;
+}
+
 static void setPace(slotMigJob *job) {
     slotMigSource *s = job->src;
     double limit = slotmig_config.buffer_limit, lag = job->stream_bytes - job->stream_applied;
@@ -300,7 +342,7 @@ static void setPace(slotMigJob *job) {
         if (seconds < 0.5) seconds = 0.5;
         if (job->writers_rate != -1 || lag > limit/2 || (s->streamed_rate - s->applied_rate)*seconds > room)
             rate = s->applied_rate + (room > 0 ? room/seconds : 0);
-    } else if (job->state == SLOTMIG_STREAMING && !job->control.held && (lag > limit/2 || (ms > CATCH_UP && lag > allowedLag(job)))) {
+    } else if (job->state == SLOTMIG_STREAMING && !job->control.held && (lag > limit/2 || (ms > CATCH_UP && (lag > allowedLag(job) || behind(job) > BEHIND_MAX)))) {
         double part = SLOW_AT_FIRST;
         for (mstime_t t = 2*CATCH_UP; t < ms && part > SLOWEST; t += CATCH_UP) part *= SLOWER;
         rate = s->applied_rate*part;
@@ -311,7 +353,7 @@ static void setPace(slotMigJob *job) {
         endPace(job);
         return;
     }
-    if (rate < limit/RATE_FLOOR) rate = limit/RATE_FLOOR;
+    if (rate < lowestRate(job)) rate = lowestRate(job);
     beginPace(job,rate);
     slotmigSetReason(job,"%.0f bytes wait to be applied: the writers of the slots are slowed to %.0f bytes of the stream per second",
         lag,rate);
@@ -600,10 +642,18 @@ end:
     return res;
 }
 
-static void childDone(int exitcode, int bysignal, void *data) {
-    slotMigJob *job = data;
+/* Whose snapshot the child sends. It may outlive its job, and its use: it ends
+ * when it likes, nobody waits for it. NULL: there is none, or nobody cares. */
+static slotMigJob *child_owner;
+
+static void childDone(int exitcode, int bysignal, void *unused) {
+    UNUSED(unused);
+    slotMigJob *job = child_owner;
+    child_owner = NULL;
+    if (job == NULL) return;
     slotMigSource *s = job->src;
     s->child = 0;
+    if (job->state != SLOTMIG_SNAPSHOT) return;     /* the target has said that it has all of it */
     if (exitcode == 0 && bysignal == 0) {
         shutdown(s->snapshot->fd,SHUT_WR);      /* if anything is missing, the loader need not wait for it */
         return;
@@ -658,7 +708,7 @@ static void startSnapshot(slotMigJob *job) {
     connSendTimeout(s->snapshot,0);     /* PAUSE may last; when the stream ends, the child is ended */
 
     was = slotmigWork(WORK_fork);
-    int pid = slotmigFailPoint(FP_source_before_fork) == FAILPOINT_FAIL ? -1 : RM_Fork(childDone,job);
+    int pid = slotmigFailPoint(FP_source_before_fork) == FAILPOINT_FAIL ? -1 : RM_Fork(childDone,NULL);
     if (pid == 0) RM_ExitFromChild(saveSnapshot(job,s->point));
     slotmigWork(was);
     if (pid == -1) {
@@ -666,6 +716,7 @@ static void startSnapshot(slotMigJob *job) {
         return;
     }
     s->child = pid;
+    child_owner = job;
     job->started = mstime();
     sds f = slotmigFrameStart(FRAME_SNAPSHOT);
     f = slotmigFrameInt(f,s->point,8);
@@ -771,6 +822,18 @@ static void tryFence(slotMigJob *job) {
     if (lag > allowedLag(job)) {
         if (job->writers_rate == -1) slotmigSetReason(job,"the target lags %llu bytes behind the writes",lag);
         return;
+    }
+    if (behind(job) > BEHIND_MAX) {
+        if (job->writers_rate == -1)
+            slotmigSetReason(job,"the target is %lld ms behind the writes",(long long)behind(job));
+        return;
+    }
+    if (s->module_waited) {
+        const char *command = moduleAtWork(job);
+        if (command) {
+            slotmigSetReason(job,"the command '%s' is still at work on the slots",command);
+            return;
+        }
     }
     if (mstime() - s->stream->last_read > SILENCE) {
         slotmigSetReason(job,"no word from the target for %lld ms",(long long)(mstime() - s->stream->last_read));
@@ -890,6 +953,10 @@ static void prepared(slotMigJob *job, frameReader *r) {
     if (r->bad || job->state != SLOTMIG_FENCED || !s->cut || n != job->attempt) return;  /* of a discarded attempt */
     if (slotmigFailPoint(FP_source_before_commit) == FAILPOINT_FAIL) {
         discardAttempt(job,"fail point source_before_commit");
+        return;
+    }
+    if (job->control.held || job->control.paused) {
+        discardAttempt(job,HELD_BACK);
         return;
     }
     if (job->src->wrote || job->src->doomed || job->src->flushed) {
@@ -1100,6 +1167,7 @@ sds slotmigSourceAnswer(slotMigJob *job) {
 static void trimStep(slotMigJob *job) {
     slotMigSource *s = job->src;
     monotime until = slotmigSliceEnd();
+    int n = 0;
     if (slotmigFailPoint(FP_source_before_trim) == FAILPOINT_PAUSE) return;
     while (s->trim_slot != -1 && clusterNodeIsMaster(server.cluster->myself)) {
         int slot = s->trim_slot = slotSetNext(&job->slots,s->trim_slot);
@@ -1108,7 +1176,7 @@ static void trimStep(slotMigJob *job) {
         job->trimmed += keys;
         server.dirty += keys;
         s->trim_slot = slot+1;
-        if (slot % TRIM_CHECK == 0 && getMonotonicUs() >= until) return;
+        if (++n % TRIM_CHECK == 0 && getMonotonicUs() >= until) return;
     }
     if (!slotmigLimboStep(s->limbo,until)) return;
     slotmigDatasetChanged();
@@ -1222,13 +1290,14 @@ void slotmigSourceStep(slotMigJob *job) {
                 "wait, raise cluster-slot-migration-buffer-limit",lag));
             return;
         }
-        if (s->stream && s->stream->out_bytes > 2*slotmig_config.buffer_limit+s->largest_unit) {
+        if (lag > 2*slotmig_config.buffer_limit+s->largest_unit) {
             slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the writes to the slots are faster than the target and "
-                "cannot be slowed: %zu bytes wait, raise cluster-slot-migration-buffer-limit",s->stream->out_bytes));
+                "cannot be slowed enough: %llu bytes wait, raise cluster-slot-migration-buffer-limit",lag));
             return;
         }
         if (mstime() >= s->next_pace) {
             s->next_pace = mstime()+PACE_PERIOD;
+            sampleStream(job);
             setPace(job);
         }
         growAllowance(job);
@@ -1241,6 +1310,7 @@ void slotmigSourceStep(slotMigJob *job) {
             else
                 askTarget(job);
         } else if (hasActiveChildProcess()) {
+            if (server.child_type == CHILD_TYPE_MODULE && child_owner == NULL) checkChildrenDone();   /* perhaps ours of before */
             slotmigSetReason(job,"another child process runs (%s)",strChildType(server.child_type));
         } else if (fences) {
             slotmigSetReason(job,"another migration hands off");    /* a fork would make its writers wait */
@@ -1258,8 +1328,12 @@ void slotmigSourceStep(slotMigJob *job) {
     case SLOTMIG_FENCED:
         if ((long long)(getMonotonicUs() - s->fenced_at) > slotmig_config.write_pause_timeout*1000)
             discardAttempt(job,"the target was not prepared within cluster-slot-migration-write-pause-timeout");
-        else if (!s->cut && mstime() - job->state_since > MODULE_WAIT)
+        else if (job->control.held || job->control.paused)
+            discardAttempt(job,HELD_BACK);
+        else if (!s->cut && mstime() - job->state_since > MODULE_WAIT) {
+            s->module_waited = 1;
             discardAttempt(job,job->reason);
+        }
         else if (!s->cut)
             sendCut(job);
         else if (s->wrote)
@@ -1308,7 +1382,10 @@ void slotmigSourceFree(slotMigJob *job) {
         slotmigLinkSend(s->stream,sdscatsds(f,job->last_error));
     }
     slotmigLinkFree(s->stream);
-    if (s->child) RM_KillForkChild(s->child);
+    if (child_owner == job) {
+        child_owner = NULL;
+        kill(s->child,SIGKILL);     /* upstream's cron collects it */
+    }
     if (s->snapshot) {
         shutdown(s->snapshot->fd,SHUT_RDWR);    /* its TLS state is the child's: say nothing through it */
         connClose(s->snapshot);

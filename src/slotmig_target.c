@@ -27,8 +27,8 @@
  * Memory. The shadow and what waits are not counted for eviction
  * (slotmigNotCountedMemory()), so no key of this node is evicted for them; when
  * they do not fit below maxmemory the job ends. Commands that wait for their
- * slot's section are bounded by cluster-slot-migration-buffer-limit: past it the
- * stream is not read, and the source slows the slots' writers down.
+ * slot's section are bounded by cluster-slot-migration-buffer-limit: the source
+ * slows the slots' writers down to stay below it.
  *
  * Must never happen: taking a slot without COMMIT; two attempts taken; a key
  * of a shadow seen by anyone; a job forgotten while the source may commit it.
@@ -46,6 +46,7 @@
 #define ACK_PERIOD 50               /* ms between two words about progress, while the snapshot is loaded */
 #define ACK_PERIOD_SHORT 5          /* then: by them the source knows when to hand off */
 #define ASK_PERIOD 200              /* ms between two questions to a silent source */
+#define QUEUE_LIMITS 4              /* buffer limits of queued commands past which the stream is not read */
 #define PREPARED_SLOT 18            /* bytes of a slot in PREPARED */
 #define REGISTER_CHECK 16           /* hashes registered between two looks at the clock */
 #define CHECK_PERIOD 10             /* ms between two looks at what must hold */
@@ -82,11 +83,12 @@ struct slotMigTarget {
     mstime_t next_ask;
 };
 
+/* As it arrived: it takes hardly more memory than it did on the wire. */
 typedef struct queuedOp {
     long long offset;
     size_t bytes;
-    int argc;
-    robj *argv[];
+    uint32_t argc;
+    unsigned char args[];
 } queuedOp;
 
 static void targetFrame(slotMigJob *job, int type, frameReader *r);
@@ -248,7 +250,14 @@ static int withoutDbOptions(robj **argv, int argc) {
     return to;
 }
 
-/* Run one command in the shadow. Takes the references in argv. NULL: done, else
+static slotMigTarget *applying_for;
+
+/* What bio will free is the shadow's no more; its size by samples. */
+void slotmigFreesLater(robj *key, robj *o) {
+    applying_for->shadow_memory -= objectComputeSize(key,o,5,0);
+}
+
+/* Run one command in the shadow. Takes argv and its references. NULL: done, else
  * what is wrong. */
 static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
     client *c = job->tgt->applier, *prev = server.current_client, *prev_executing = server.executing_client;
@@ -258,11 +267,11 @@ static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
     if (slotmigFailPoint(FP_target_before_apply) == FAILPOINT_FAIL || cmd == NULL) {
         error = sdscatprintf(sdsempty(),"a command of the stream cannot be applied to slot %d: '%.64s'",slot,(char*)argv[0]->ptr);
         for (int i = 0; i < argc; i++) decrRefCount(argv[i]);
+        zfree(argv);
         return error;
     }
     if (cmd->proc == copyCommand) argc = withoutDbOptions(argv,argc);
-    c->argv = zmalloc(sizeof(robj*)*argc);
-    memcpy(c->argv,argv,sizeof(robj*)*argc);
+    c->argv = argv;
     c->argc = c->argv_len = argc;
     c->cmd = c->lastcmd = c->realcmd = cmd;
     c->db = slotmigShadowDb(job->tgt->shadow);
@@ -279,9 +288,11 @@ static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
     server.current_client = server.executing_client = c;
     c->flags |= CLIENT_EXECUTING_COMMAND|CLIENT_MASTER;
     slotmig_applying = 1;
+    applying_for = job->tgt;
     enterExecutionUnit(1,0);
     cmd->proc(c);
     exitExecutionUnit();
+    applying_for = NULL;
     slotmig_applying = 0;
     c->flags &= ~(CLIENT_EXECUTING_COMMAND|CLIENT_MASTER);
     server.current_client = prev;
@@ -300,14 +311,25 @@ static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
     return error;
 }
 
-static void freeQueuedOp(queuedOp *op) {
-    for (int i = 0; i < op->argc; i++) decrRefCount(op->argv[i]);
-    zfree(op);
-}
-
 /* Bytes of memory that a waiting command takes, about. */
 static size_t queuedOpMemory(const queuedOp *op) {
-    return sizeof(*op) + sizeof(listNode) + op->bytes + op->argc*(sizeof(robj*)+sizeof(robj)+8);
+    return sizeof(*op) + sizeof(listNode) + op->bytes;
+}
+
+/* Skips a command's arguments, which are `argc` times { u32 len, bytes }. */
+static void skipArgs(frameReader *r, uint32_t argc) {
+    for (uint32_t i = 0; i < argc && !r->bad; i++) frameGetBytes(r,frameGetInt(r,4));
+}
+
+/* The same, checked before, as objects. The array is the caller's. */
+static robj **makeArgs(const unsigned char *args, size_t bytes, uint32_t argc) {
+    frameReader r = { args, args+bytes, 0 };
+    robj **argv = zmalloc(sizeof(robj*)*argc);
+    for (uint32_t i = 0; i < argc; i++) {
+        size_t len = frameGetInt(&r,4);
+        argv[i] = createStringObject(frameGetBytes(&r,len),len);
+    }
+    return argv;
 }
 
 /* On a bio thread: there may be millions. Nobody else knows these objects. */
@@ -315,7 +337,7 @@ static void releaseQueues(void *args[]) {
     list **queues = args[0];
     for (int j = 0; j < CLUSTER_SLOTS; j++) {
         if (queues[j] == NULL) continue;
-        listSetFreeMethod(queues[j],(void (*)(void*))freeQueuedOp);
+        listSetFreeMethod(queues[j],zfree);
         listRelease(queues[j]);
     }
     zfree(queues);
@@ -346,11 +368,8 @@ static sds drainSome(slotMigJob *job, monotime until) {
             listDelNode(q,ln);
             t->queued_bytes -= op->bytes;
             t->queued_memory -= queuedOpMemory(op);
-            if (op->offset > t->points[slot]) {
-                error = applyOp(job,slot,op->argv,op->argc);
-                op->argc = 0;
-            }
-            freeQueuedOp(op);
+            if (op->offset > t->points[slot]) error = applyOp(job,slot,makeArgs(op->args,op->bytes,op->argc),op->argc);
+            zfree(op);
             if (error) return error;
             if (getMonotonicUs() >= until) return NULL;
         }
@@ -362,8 +381,8 @@ static sds drainSome(slotMigJob *job, monotime until) {
 }
 
 /* What a piece of work does to this thread's memory is the shadow's, but for the
- * queues, which are counted by themselves. Values that are freed in the background
- * stay counted: it is never too little. */
+ * queues, which are counted by themselves, and what it leaves to be freed in the
+ * background, for which slotmigFreesLater() is told. */
 typedef struct memoryMark { long long thread; size_t queued; } memoryMark;
 
 static memoryMark markMemory(slotMigTarget *t) {
@@ -418,7 +437,7 @@ static void takeOps(slotMigJob *job, frameReader *r) {
     for (uint32_t i = 0; i < n; i++) {
         int slot = frameGetInt(r,2);
         uint32_t argc = frameGetInt(r,4);
-        const unsigned char *first = r->p;
+        const unsigned char *args = r->p;
         if (!r->bad && slot == SLOT_ALL_FLUSHED && argc == 0) {
             flushSlots(job,offset);
             continue;
@@ -429,41 +448,31 @@ static void takeOps(slotMigJob *job, frameReader *r) {
             r->bad = 1;
             return;
         }
-        memoryMark before = markMemory(t);
-        queuedOp *op = zmalloc(sizeof(*op)+sizeof(robj*)*argc);
-        op->offset = offset;
-        op->argc = 0;
-        while ((uint32_t)op->argc < argc) {
-            size_t len = frameGetInt(r,4);
-            const char *p = frameGetBytes(r,len);
-            if (p == NULL) {
-                freeQueuedOp(op);
-                return;
-            }
-            op->argv[op->argc++] = createStringObject(p,len);
-        }
-        op->bytes = r->p - first;
+        skipArgs(r,argc);
+        if (r->bad) return;
+        size_t bytes = r->p - args;
         if (slotIsReady(t,slot) && t->queues[slot] == NULL && getMonotonicUs() < until) {
-            sds error = NULL;
-            if (offset > t->points[slot]) {
-                error = applyOp(job,slot,op->argv,op->argc);
-                op->argc = 0;
-            }
-            freeQueuedOp(op);
+            memoryMark before = markMemory(t);
+            sds error = offset > t->points[slot] ? applyOp(job,slot,makeArgs(args,bytes,argc),argc) : NULL;
             if (error) {
                 failTarget(job,error);
                 return;
             }
             countMemory(t,before);
-        } else {
-            if (t->queues[slot] == NULL) {
-                t->queues[slot] = listCreate();
-                if (slotIsReady(t,slot)) slotSetAdd(&t->draining,slot);    /* no time is left in this turn */
-            }
-            listAddNodeTail(t->queues[slot],op);
-            t->queued_bytes += op->bytes;
-            t->queued_memory += queuedOpMemory(op);
+            continue;
         }
+        queuedOp *op = zmalloc(sizeof(*op)+bytes);
+        op->offset = offset;
+        op->bytes = bytes;
+        op->argc = argc;
+        memcpy(op->args,args,bytes);
+        if (t->queues[slot] == NULL) {
+            t->queues[slot] = listCreate();
+            if (slotIsReady(t,slot)) slotSetAdd(&t->draining,slot);    /* no time is left in this turn */
+        }
+        listAddNodeTail(t->queues[slot],op);
+        t->queued_bytes += bytes;
+        t->queued_memory += queuedOpMemory(op);
     }
 }
 
@@ -869,8 +878,11 @@ static void sendAck(slotMigJob *job) {
     slotmigLinkSend(t->stream,f);
 }
 
+/* A rate that is too low for what is written meanwhile is not kept. */
 void slotmigTargetPace(slotMigJob *job) {
-    if (job->tgt->loader) slotmigLoaderPace(job->tgt->loader,job->control.rate,job->control.paused);
+    slotMigTarget *t = job->tgt;
+    long long rate = t->queued_memory > slotmig_config.buffer_limit/2 ? 0 : job->control.rate;
+    if (t->loader) slotmigLoaderPace(t->loader,rate,job->control.paused);
 }
 
 void slotmigTargetMemory(const slotMigJob *job, struct slotMigMemory *m) {
@@ -919,8 +931,10 @@ void slotmigTargetStep(slotMigJob *job) {
     }
     job->stream_bytes = t->ops_bytes;
     job->stream_applied = t->ops_bytes - t->queued_bytes;
-    /* What cannot be kept waits at the source, which has its own bound. */
-    if (t->stream) slotmigLinkStopReading(t->stream,t->queued_memory > slotmig_config.buffer_limit);
+    /* The source sees to the bound. This is for one that does not: words like PAUSE
+     * come on the same connection, so it must be read as long as anyhow possible. */
+    if (t->stream) slotmigLinkStopReading(t->stream,t->queued_memory > QUEUE_LIMITS*slotmig_config.buffer_limit);
+    slotmigTargetPace(job);
     if (job->control.paused && job->state < SLOTMIG_PREPARING) slotmigSetReason(job,PAUSED,job->id);
     else if (!strncmp(job->reason,PAUSED,6)) slotmigSetReason(job,"%s","");
     sendAck(job);

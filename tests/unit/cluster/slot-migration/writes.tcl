@@ -628,13 +628,16 @@ proc write_decks {times {enough 0}} {
 # luck get more tries, with others in between.
 proc assert_all_wrote {} {
     set templates [write_templates]
-    for {set i 0} {$i < 300} {incr i} {
+    for {set i 0} {$i < 600} {incr i} {
         set missing 0
         foreach template $templates {
             if {[dict exists $::writes(wrote) [lindex $template 3]]} continue
             incr missing
             write_single $template
-            for {set j 0} {$j < 5} {incr j} {write_single [pick $templates]}
+            # What it needs may be made by commands of its own family, or taken away by any other.
+            set family $templates
+            if {$i % 2} {set family [lsearch -all -inline -index 0 $templates [string index [lindex $template 0] 0]*]}
+            for {set j 0} {$j < 5} {incr j} {write_single [pick $family]}
         }
         if {!$missing} return
     }
