@@ -69,7 +69,7 @@ void slotmigSlotIsOurs(int slot);
 int slotmigDropsGivenSlot(int slot);                 /* 1: its keys were an old file's, they are gone now */
 
 /* ---- the key space ---- */
-void slotmigFlushed(struct redisDb *dbarray, int dbnum); /* before db `dbnum` (-1: all) is emptied */
+void slotmigFlushed(struct redisDb *dbarray, int dbnum, int async); /* before db `dbnum` (-1: all) is emptied */
 extern int slotmig_applying;            /* A command of the stream runs in a shadow right now. */
 #define slotmigApplying() (__builtin_expect(slotmig_applying, 0))
 void slotmigFreesLater(struct redisObject *key, struct redisObject *o);    /* what it deletes, in the background */

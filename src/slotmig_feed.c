@@ -113,7 +113,7 @@ static sds frameCommand(sds f, feedOp *op) {
 }
 
 #define OPS_COUNT_AT 13     /* of the number of commands: behind length, type, offset */
-#define FRAME_ROOM (16*1024*1024)   /* a unit's frame is sent when it has this much */
+#define FRAME_ROOM (64*1024)        /* a unit's frame is sent when it has this much: a frame is taken in one turn */
 
 static void sendOps(slotMigJob *job, sds f, uint32_t count) {
     for (int i = 0; i < 4; i++) f[OPS_COUNT_AT+i] = count >> (8*i);

@@ -500,9 +500,9 @@ static void flushedJob(slotMigJob *job, void *arg) {
     if (job->role == SLOTMIG_SOURCE) slotmigSourceFlushes(job);
 }
 
-void slotmigFlushed(redisDb *dbarray, int dbnum) {
+void slotmigFlushed(redisDb *dbarray, int dbnum, int async) {
     if (dbarray != server.db || dbnum > 0) return;
-    slotmigShadowFlushed();
+    slotmigShadowFlushed(async);
     if (slotmigActive()) slotmigEachJob(flushedJob,NULL);
 }
 

@@ -280,7 +280,7 @@ unsigned long long slotmigShadowMerge(slotMigShadow *s);
 void slotmigShadowEmpty(slotMigShadow *s);
 void slotmigShadowDrop(slotMigShadow *s);
 int slotmigDrainStep(monotime until);
-void slotmigShadowFlushed(void);
+void slotmigShadowFlushed(int async);
 int slotmigAnyShadowDraining(void);
 sds slotmigFieldExpiryKey(robj *hash);
 slotMigLimbo *slotmigLimboCreate(void);

@@ -244,6 +244,7 @@ size_t slotmigLinkMemory(const slotMigLink *l) {
 void slotmigLinkFree(slotMigLink *l) {
     if (l == NULL) return;
     slotmigLinkFlush(l);    /* a last word, if the socket takes it */
+    if (hasActiveChildProcess()) connShutdown(l->conn);     /* a child has a copy of it, which keeps it open */
     connSetPrivateData(l->conn,NULL);
     connClose(l->conn);
     void *buffers[] = { l->in, l->out };

@@ -157,7 +157,7 @@ static size_t loaderMayRead(slotMigLoader *l, size_t len) {
         }
         monotime now = getMonotonicUs();
         double most = rate*(PACE_BURST/1000.0)+1;
-        if (paused || l->allowed_at == 0) l->allowed = 0;
+        if (paused || rate == 0 || l->allowed_at == 0) l->allowed = 0;
         else l->allowed += (now - l->allowed_at)/1e6*rate;
         l->allowed_at = now;
         if (l->allowed > most) l->allowed = most;
@@ -232,7 +232,11 @@ static size_t loaderRead(rio *r, void *dst, size_t len) {
             if ((l->len = loaderReceive(l,l->buf,LOADER_BUFFER)) == 0) return 0;
             continue;
         }
-        if (l->capture) l->capture = sdscatlen(l->capture,p,n);
+        if (l->capture) {
+            /* Doubled, for sdscatlen() alone would copy a large one again and again. */
+            if (sdsavail(l->capture) < n) l->capture = sdsMakeRoomForNonGreedy(l->capture,n > sdslen(l->capture) ? n : sdslen(l->capture));
+            l->capture = sdscatlen(l->capture,p,n);
+        }
         p += n;
         len -= n;
         l->offset += n;

@@ -151,7 +151,7 @@ static void freeWaitingDicts(redisDb *db) {
  * registered next, with slotmigShadowRegister(), before any command runs. */
 void slotmigShadowAttach(slotMigShadow *s, int slot, kvstore *keys, kvstore *expires) {
     kvstoreMoveDict(keys,0,s->db.keys,slot);
-    kvstoreMoveDict(expires,0,s->db.expires,slot);
+    if (kvstoreSize(expires)) kvstoreMoveDict(expires,0,s->db.expires,slot);
 }
 
 void slotmigShadowRegister(slotMigShadow *s, dictEntry *hash) {
@@ -236,12 +236,20 @@ int slotmigAnyShadowDraining(void) {
     return 0;
 }
 
+static void destroyFieldExpiry(void *args[]) {
+    ebuckets field_expiry = args[0];
+    ebDestroy(&field_expiry,&hashExpireBucketsType,NULL);
+}
+
 /* Database 0 is about to be emptied: what is still registered in a merged
  * shadow's ebuckets goes with it. */
-static void shadowsFlushed(void) {
+static void shadowsFlushed(int async) {
     for (int i = 1; i < SHADOWS; i++) {
         if (shadows[i].state != SHADOW_DRAINING) continue;
-        ebDestroy(&shadows[i].db.hexpires,&hashExpireBucketsType,NULL);
+        /* The bio thread comes to it before it comes to the keys. */
+        if (async) bioCreateLazyFreeJob(destroyFieldExpiry,1,shadows[i].db.hexpires);
+        else ebDestroy(&shadows[i].db.hexpires,&hashExpireBucketsType,NULL);
+        shadows[i].db.hexpires = ebCreate();
         shadows[i].state = SHADOW_FREE;
     }
 }
@@ -407,7 +415,7 @@ int slotmigDrainStep(monotime until) {
 }
 
 /* Before database 0 is emptied. */
-void slotmigShadowFlushed(void) {
-    shadowsFlushed();
+void slotmigShadowFlushed(int async) {
+    shadowsFlushed(async);
     limbosFlushed();
 }

@@ -584,7 +584,9 @@ end:
 static size_t (*write_undamaged)(rio *r, const void *buf, size_t len);
 
 static size_t writeDamaged(rio *r, const void *buf, size_t len) {
-    long long cut = slotmig_failpoint_at[FP_source_cuts_snapshot], flip = slotmig_failpoint_at[FP_source_flips_byte];
+    long long cut = slotmig_failpoint_at[FP_source_cuts_snapshot];
+    long long flip = slotmig_failpoint_at[FP_source_flips_byte] & ((1LL<<32)-1);    /* above: which bits, all if none */
+    int bits = slotmig_failpoint_at[FP_source_flips_byte] >> 32;
     long long at = r->processed_bytes;      /* counts what went before */
     if (slotmigFailPoint(FP_source_cuts_snapshot) == FAILPOINT_FAIL && at + (long long)len > cut) {
         if (at >= cut) return 1;            /* gone, and nobody noticed */
@@ -593,7 +595,7 @@ static size_t writeDamaged(rio *r, const void *buf, size_t len) {
     if (slotmigFailPoint(FP_source_flips_byte) != FAILPOINT_FAIL || flip < at || flip >= at + (long long)len)
         return write_undamaged(r,buf,len);
     sds copy = sdsnewlen(buf,len);
-    copy[flip-at] ^= 0xff;
+    copy[flip-at] ^= bits ? bits : 0xff;
     size_t res = write_undamaged(r,copy,len);
     sdsfree(copy);
     return res;
@@ -639,6 +641,7 @@ static int saveSnapshot(slotMigJob *job, int64_t point) {
 end:
     slotRdbWriterFree(&w);
     rioFreeConnset(&rdb);
+    if (slotmigFailPoint(FP_source_in_child) == FAILPOINT_PAUSE) for (;;) pause();
     return res;
 }
 

@@ -477,6 +477,10 @@ static void takeOps(slotMigJob *job, frameReader *r) {
 }
 
 static void gotOps(slotMigJob *job, frameReader *r) {
+    if (job->tgt->shadow == NULL || !job->tgt->announced) {
+        r->bad = 1;
+        return;
+    }
     takeOps(job,r);
     if (slotmigEnded(job)) return;
     job->stream_applied = job->tgt->ops_bytes - job->tgt->queued_bytes;
@@ -933,7 +937,7 @@ void slotmigTargetStep(slotMigJob *job) {
     job->stream_applied = t->ops_bytes - t->queued_bytes;
     /* The source sees to the bound. This is for one that does not: words like PAUSE
      * come on the same connection, so it must be read as long as anyhow possible. */
-    if (t->stream) slotmigLinkStopReading(t->stream,t->queued_memory > QUEUE_LIMITS*slotmig_config.buffer_limit);
+    if (t->stream) slotmigLinkStopReading(t->stream,!job->control.paused && t->queued_memory > QUEUE_LIMITS*slotmig_config.buffer_limit);
     slotmigTargetPace(job);
     if (job->control.paused && job->state < SLOTMIG_PREPARING) slotmigSetReason(job,PAUSED,job->id);
     else if (!strncmp(job->reason,PAUSED,6)) slotmigSetReason(job,"%s","");

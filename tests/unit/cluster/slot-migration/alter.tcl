@@ -287,4 +287,21 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         assert_not_equal -1 [lsearch [R 0 acl cat dangerous] cluster|alter-slot-migration]
         assert_error "*not allowed from script*" {R 0 eval {return redis.call('cluster','alter-slot-migration','id','x','pause')} 0}
     }
+
+    test "What is told to the source reaches a target whose queues are full" {
+        fresh
+        foreach n {0 2} {R $n config set cluster-slot-migration-buffer-limit 1mb}
+        # One slot whose section takes long, and commands that wait for it.
+        R 0 set [key_in 5 big] [string repeat x 5000000]
+        set id [lindex [R 0 cluster migrate-slots slotsrange 5 7 node $id2 rate 1000] 0]
+        wait_job_state 2 $id loading
+        R 0 cluster alter-slot-migration id $id pause
+        wait_fields $id {paused 1}
+        fill_strings 0 5 3000 100
+        assert_equal snapshot [job_field 0 $id state]
+        R 0 cluster alter-slot-migration id $id resume rate 0
+        wait_migrated 0 2 $id
+        assert_equal 3001 [R 2 cluster countkeysinslot 5]
+        foreach n {0 2} {R $n config set cluster-slot-migration-buffer-limit 1gb}
+    }
 }

@@ -252,6 +252,45 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         assert_next_succeeds
     }
 
+    test "The snapshot's child, when all is sent, may live on or be killed: it does not matter" {
+        foreach point {source_before_cut source_before_commit} {
+            fresh
+            fill
+            set before [state_before]
+            failpoint 0 source_in_child pause
+            failpoint 0 $point pause
+            set id [migrate 0 2 3 10]
+            wait_job_state 0 $id {streaming fenced}
+            if {$point eq "source_before_commit"} {wait_job_state 0 $id fenced}
+            exec kill -9 [node_children 0]
+            wait_for_condition 500 10 {[node_children 0] eq ""} else {fail "the child is not collected"}
+            failpoint 0 $point off
+            wait_migrated 0 2 $id
+            assert_same_dump [dict get $before dump] [slots_dump 2 $::slots]
+        }
+        # One that does not end by itself: the job, and the next one, do not wait for it.
+        fresh
+        fill
+        set before [slots_dump 0 $::slots]
+        failpoint 0 source_in_child pause
+        set id [migrate 0 2 3 10]
+        wait_migrated 0 2 $id
+        failpoint 0 source_in_child off
+        wait_for_condition 500 10 {[node_children 0] eq ""} else {fail "the child lives on"}
+        assert_same_dump $before [slots_dump 2 $::slots]
+        # Nor does the source when the target has committed slots and does not answer.
+        fresh
+        fill
+        failpoint 0 source_in_child pause
+        failpoint 2 target_after_takeover fail
+        set id [migrate 0 2 3 10]
+        wait_job_state 2 $id done
+        catch {exec kill -9 [node_children 0]}
+        wait_job_state 0 $id done
+        assert_equal 2 [slot_owner 0 5]
+        failpoint 0 source_in_child off
+    }
+
     test "The snapshot's child is killed: the job fails and says so, nothing stays" {
         fresh
         fill

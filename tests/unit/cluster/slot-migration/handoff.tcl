@@ -135,6 +135,28 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         assert_equal 0 [R 0 dbsize]
     }
 
+    test "HOLD and PAUSE behind the fence keep the slots where they are, until RELEASE and RESUME" {
+        foreach {on off} {hold release pause resume} {
+            fresh
+            R 0 set $moving 1
+            failpoint 0 source_before_commit pause
+            set id [migrate 0 2 5 20]
+            wait_job_state 0 $id fenced
+            set writer [send_command 0 incr $moving]
+            wait_client_waits 0 $writer
+            assert_equal OK [R 0 cluster alter-slot-migration id $id $on]
+            assert_equal 2 [reply_of $writer]
+            failpoint 0 source_before_commit off
+            wait_job_state 0 $id streaming
+            wait_for_condition 500 10 {[string match *$off* [string tolower [job_field 0 $id reason]]]} else {fail "[job 0 $id]"}
+            assert_equal 0 [slot_owner 2 10]
+            assert_equal 3 [R 0 incr $moving]
+            assert_equal OK [R 2 cluster alter-slot-migration id $id $off]
+            wait_migrated 0 2 $id
+            assert_equal 4 [R 2 incr $moving]
+        }
+    }
+
     test "Behind the fence an expired key is not there, but is not deleted either" {
         fresh
         R 0 debug set-active-expire 0

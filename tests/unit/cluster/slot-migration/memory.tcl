@@ -83,6 +83,25 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         foreach n {0 2} {wait_no_leftovers $n [set base$n]}
     }
 
+    test "What commands delete in the shadow is not counted for ever" {
+        fresh
+        R 0 set [key_in 3 k] x
+        failpoint 0 source_before_cut pause
+        set id [migrate 0 2 3 6]
+        wait_job_state 0 $id streaming
+        set before [migration_memory 2 shadow]
+        for {set i 0} {$i < 2000} {incr i} {lappend members member:$i}
+        for {set i 0} {$i < 100} {incr i} {
+            R 0 del [key_in 3 set]
+            R 0 sadd [key_in 3 set] {*}$members
+        }
+        set one [R 0 memory usage [key_in 3 set] samples 0]
+        wait_for_condition 500 10 {[job_field 0 $id stream-lag-bytes] == 0} else {fail "the target lags"}
+        assert_range [migration_memory 2 shadow] 0 [expr {$before+20*$one}]
+        failpoint 0 source_before_cut off
+        wait_migrated 0 2 $id
+    }
+
     foreach {n point} {
         0 source_before_fork 0 source_in_child 0 source_damages_section 2 target_before_load
         2 target_before_section 2 target_before_apply 2 target_before_prepared 2 target_before_takeover

@@ -93,6 +93,8 @@ proc slot_count {n} {
     return $count
 }
 
+set ::sweep 0
+
 # One job for each offset of the snapshot, each with this fail point of the source.
 proc every_offset {failpoint} {
     # The bytes are the same each time: idle times would go on, counters of use
@@ -108,11 +110,14 @@ proc every_offset {failpoint} {
     set internal [connect 0]
     $internal debug mark-internal-client
     set wrong {}
+    incr ::sweep
     for {set at 0} {$at < $bytes} {incr at} {
         # The log of ended jobs is full by then.
         if {$at == 150} {foreach n {0 2} {set before($n) [footprint $n]}}
         if {[catch {
-            $internal cluster slotmig failpoint $failpoint fail $at
+            # Which bits of a byte: above its offset. One, some, or all.
+            set bits [lindex {255 1 2 4 8 16 32 64 128 124} [expr {($at+$::sweep)%10}]]
+            $internal cluster slotmig failpoint $failpoint fail [expr {$at + ($bits<<32)*($failpoint eq "source_flips_byte")}]
             set how [wrong_with_failed_job $target $digest]
         } error]} {
             set how $error
