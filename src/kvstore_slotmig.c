@@ -91,17 +91,6 @@ void kvstoreMoveDict(kvstore *src, int sidx, kvstore *dst, int didx) {
     kvstoreAccountDict(dst,didx,(long long)dictSize(d));
 }
 
-/* The binary indexed tree anew from the dicts, in O(number of dicts). */
-static void kvstoreRebuildIndex(kvstore *kvs) {
-    if (kvs->num_dicts == 1) return;
-    memset(kvs->dict_size_index,0,sizeof(*kvs->dict_size_index)*(kvs->num_dicts+1));
-    for (int idx = 1; idx <= kvs->num_dicts; idx++) {
-        int up = idx + (idx & -idx);
-        if (kvs->dicts[idx-1]) kvs->dict_size_index[idx] += dictSize(kvs->dicts[idx-1]);
-        if (up <= kvs->num_dicts) kvs->dict_size_index[up] += kvs->dict_size_index[idx];
-    }
-}
-
 /* Move every dict of `src` to the same place of `dst`, as kvstoreMoveDict() would,
  * but with the sums moved once: for many dicts in one turn of the event loop.
  * `src` is left without dicts. Both have the same number of places. */
@@ -113,11 +102,17 @@ void kvstoreMoveAll(kvstore *src, kvstore *dst) {
         dict *d = src->dicts[i], *old = dst->dicts[i];
         if (i+8 < src->num_dicts && src->dicts[i+8]) __builtin_prefetch(src->dicts[i+8],1);
         if (d == NULL) continue;
-        if (old || dictIsRehashing(d)) {
+        if (old) {
             kvstoreMoveDict(src,i,dst,i);
             continue;
         }
         assert(!dictIsRehashingPaused(d));
+        kvstoreDictMetaBase *meta = (kvstoreDictMetaBase *)dictMetadata(d);
+        if (meta->rehashing_node) {
+            listDelNode(src->rehashing,meta->rehashing_node);
+            listAddNodeTail(dst->rehashing,d);
+            meta->rehashing_node = listLast(dst->rehashing);
+        }
         kvstoreAccountBuckets(src,d,-1);
         kvstoreAccountBuckets(dst,d,1);
         src->key_count -= dictSize(d);
@@ -140,6 +135,12 @@ void kvstoreMoveAll(kvstore *src, kvstore *dst) {
                 to->keysizes_hist[t][b] += from->keysizes_hist[t][b];
         memset(from,0,sizeof(*from));
     }
-    kvstoreRebuildIndex(src);
-    kvstoreRebuildIndex(dst);
+    if (src->num_dicts > 1) {   /* the tree is a sum of its dicts */
+        for (int i = 1; i <= src->num_dicts; i++) dst->dict_size_index[i] += src->dict_size_index[i];
+        memset(src->dict_size_index,0,sizeof(*src->dict_size_index)*(src->num_dicts+1));
+    }
+}
+
+void kvstorePrefetchDict(kvstore *kvs, int didx) {
+    if (didx >= 0 && didx < kvs->num_dicts && kvs->dicts[didx]) __builtin_prefetch(kvs->dicts[didx]);
 }

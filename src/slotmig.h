@@ -72,7 +72,7 @@ int slotmigDropsGivenSlot(int slot);                 /* 1: its keys were an old 
 void slotmigFlushed(struct redisDb *dbarray, int dbnum, int async); /* before db `dbnum` (-1: all) is emptied */
 extern int slotmig_applying;            /* A command of the stream runs in a shadow right now. */
 #define slotmigApplying() (__builtin_expect(slotmig_applying, 0))
-void slotmigFreesLater(struct redisObject *key, struct redisObject *o);    /* what it deletes, in the background */
+int slotmigFreesLater(struct redisObject *key, struct redisObject *o, int later);  /* is what it deletes freed in the background? */
 
 /* Hash-field expiry of a shadow lives in an ebuckets of its own. Items carry
  * its number (1..7, 0 is the database's own) in ExpireMeta.userData, so that
@@ -83,6 +83,7 @@ void **slotmigEbOwner(void **eb, unsigned tag);
 /* ---- kvstore_slotmig.c, part of kvstore.c ---- */
 void kvstoreMoveDict(struct _kvstore *src, int sidx, struct _kvstore *dst, int didx);
 void kvstoreMoveAll(struct _kvstore *src, struct _kvstore *dst);
+void kvstorePrefetchDict(struct _kvstore *kvs, int didx);  /* its size is wanted soon; any place, there or not */
 
 /* ---- inside upstream's RDB reader, on the loader's thread ---- */
 int slotmigInLoader(void);                      /* any thread */

@@ -123,6 +123,7 @@ void slotmigWantTimer(void);
 void slotmigDrainSoon(void);                        /* a shadow was merged, or a limbo left to itself */
 void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg);
 int slotmigMustNotExecute(void);                    /* inside of a command that yields, or loading */
+#define PREFETCH 8                  /* slots ahead, in a loop over all */
 #define SLICE_US 1000               /* of work that can be cut short, in one turn of the event loop */
 monotime slotmigSliceEnd(void);                     /* of all jobs' work in this turn of the event loop */
 long long slotmigThreadMemory(void);                /* any thread */

@@ -873,6 +873,8 @@ static sds compareCounts(slotMigJob *job, frameReader *r) {
                 slot == -1 ? 0 : kvstoreDictSize(db->expires,slot),theirs,
                 (unsigned long long)keys,(unsigned long long)expires);
         slot = slotSetNext(&job->slots,slot+1);
+        kvstorePrefetchDict(db->keys,slot+PREFETCH);
+        kvstorePrefetchDict(db->expires,slot+PREFETCH);
     }
     return NULL;
 }
@@ -1324,6 +1326,7 @@ void slotmigSourceStep(slotMigJob *job) {
     case SLOTMIG_SNAPSHOT:
         if (job->control.paused) slotmigSetReason(job,PAUSED,job->id);
         else if (job->writers_rate == -1 && sdslen(job->reason)) slotmigSetReason(job,"%s","");
+        if (s->child && s->child == server.child_pid) checkChildrenDone();  /* its end is news; may end the job */
         break;
     case SLOTMIG_STREAMING:
         tryFence(job);

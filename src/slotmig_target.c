@@ -47,6 +47,7 @@
 #define ACK_PERIOD_SHORT 5          /* then: by them the source knows when to hand off */
 #define ASK_PERIOD 200              /* ms between two questions to a silent source */
 #define QUEUE_LIMITS 4              /* buffer limits of queued commands past which the stream is not read */
+#define FREE_LARGE (64*1024)        /* bytes of a value that are not freed on the main thread */
 #define PREPARED_SLOT 18            /* bytes of a slot in PREPARED */
 #define REGISTER_CHECK 16           /* hashes registered between two looks at the clock */
 #define CHECK_PERIOD 10             /* ms between two looks at what must hold */
@@ -252,9 +253,13 @@ static int withoutDbOptions(robj **argv, int argc) {
 
 static slotMigTarget *applying_for;
 
-/* What bio will free is the shadow's no more; its size by samples. */
-void slotmigFreesLater(robj *key, robj *o) {
-    applying_for->shadow_memory -= objectComputeSize(key,o,5,0);
+/* `later`: upstream would free it on the bio thread, which counts elements. We look
+ * at bytes too. What it frees is the shadow's no more; its size by samples. */
+int slotmigFreesLater(robj *key, robj *o, int later) {
+    size_t size = objectComputeSize(key,o,5,0);
+    if (!later && size <= FREE_LARGE) return 0;
+    applying_for->shadow_memory -= size;
+    return 1;
 }
 
 /* Run one command in the shadow. Takes argv and its references. NULL: done, else
@@ -661,21 +666,25 @@ static void tryPrepare(slotMigJob *job) {
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 
     uint32_t slots = 0;
-    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
-        if (kvstoreDictSize(db->keys,j)) slots++;
     sds f = slotmigFrameStart(FRAME_PREPARED);
     f = slotmigFrameInt(f,t->cut_n,8);
     f = slotmigFrameInt(f,job->epoch,8);
-    f = slotmigFrameInt(f,slots,4);
-    f = sdsMakeRoomFor(f,(size_t)slots*PREPARED_SLOT);
+    size_t count_at = sdslen(f);
+    f = slotmigFrameInt(f,0,4);
+    f = sdsMakeRoomFor(f,(size_t)job->slots.count*PREPARED_SLOT);
     unsigned char *p = (unsigned char*)f+sdslen(f);
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
-        if (kvstoreDictSize(db->keys,j) == 0) continue;
+        kvstorePrefetchDict(db->keys,j+PREFETCH);
+        kvstorePrefetchDict(db->expires,j+PREFETCH);
+        unsigned long keys = kvstoreDictSize(db->keys,j);
+        if (keys == 0) continue;
         p = slotmigPutInt(p,j,2);
-        p = slotmigPutInt(p,kvstoreDictSize(db->keys,j),8);
+        p = slotmigPutInt(p,keys,8);
         p = slotmigPutInt(p,kvstoreDictSize(db->expires,j),8);
+        slots++;
     }
     sdsIncrLen(f,slots*PREPARED_SLOT);
+    slotmigPutInt((unsigned char*)f+count_at,slots,4);
     t->prepared_at = mstime();
     t->holding = 1;
     slotmigSetState(job,SLOTMIG_PREPARED,"waiting for the source to commit");
