@@ -96,13 +96,15 @@ check-upstreams: ## assemble and compile every upstream version that the lock ac
 dist: assemble ## write the source tarball, which builds anywhere with plain make
 	@deps/redis/dist '$(BUILD)'
 
-.PHONY: test check test-upstream demo
+.PHONY: test check test-upstream test-big demo
 check: ## our tests and the nearest of upstream's
 	tests/run --quick
 test: ## our tests, upstream's main and cluster suites
 	tests/run
 test-upstream: ## as test, and upstream's module API and sentinel suites
 	tests/run --all
+test-big: ## gigabytes, millions of keys, all slots: does any turn of the event loop get long?
+	tests/run --big
 demo: ## a cluster of several nodes that moves slots before your eyes
 	utils/demo
 
