@@ -31,7 +31,10 @@
  * Public License v3 (AGPLv3), see LICENSE. */
 
 #include "slotmig_job.h"
+#include <sys/resource.h>
+#include <sys/syscall.h>
 
+#define BACKGROUND_NICE 10
 #define TICK_MS 10          /* between two steps of the jobs, when nothing else calls for one */
 
 struct slotmigConfig slotmig_config;
@@ -426,6 +429,14 @@ long long slotmigThreadMemory(void) {
     return *allocated - *deallocated;
 #else
     return 0;
+#endif
+}
+
+/* Work in the background must not take the processor from nodes that serve clients,
+ * this one or others. Where there is room for both it makes no difference. */
+void slotmigLowerPriority(void) {
+#ifdef __linux__
+    setpriority(PRIO_PROCESS,syscall(SYS_gettid),BACKGROUND_NICE);
 #endif
 }
 

@@ -127,6 +127,7 @@ int slotmigMustNotExecute(void);                    /* inside of a command that 
 #define SLICE_US 1000               /* of work that can be cut short, in one turn of the event loop */
 monotime slotmigSliceEnd(void);                     /* of all jobs' work in this turn of the event loop */
 long long slotmigThreadMemory(void);                /* any thread */
+void slotmigLowerPriority(void);                    /* of this thread; any */
 int slotmigCancellable(const slotMigJob *job);      /* may this node end it alone? */
 clusterNode *slotmigPeer(const slotMigJob *job);    /* NULL: forgotten */
 sds slotmigNodeName(const clusterNode *n);          /* for messages: id and address */

@@ -580,6 +580,7 @@ static void *loaderMain(void *arg) {
     slotMigLoader *l = arg;
     redis_set_thread_title("slot_loader");
     makeThreadKillable();
+    slotmigLowerPriority();
     this_reader = &l->reader;
     int res = loadSnapshot(l);
     if (res == C_ERR) loaderFail(l,"the snapshot cannot be read at offset %llu",(unsigned long long)l->offset);
