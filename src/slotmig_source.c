@@ -7,7 +7,7 @@
  *               connection (slot_rdb.c); from the fork on slotmig_feed.c sends
  *               the writes on the stream
  *   STREAMING   the target said that it has all sections. When it lags less than
- *               cluster-slot-migration-handoff-max-lag-bytes:
+ *               cluster-slot-migration-handoff-max-lag-bytes, and some ten ms:
  *   FENCED      writes to the slots wait. When no module's command that began before
  *               is still at work on them, CUT is sent. The target answers
  *               PREPARED with its counts, we compare. If that does not come
@@ -24,7 +24,8 @@
  * The fence. Behind it wait: commands that write, or may replicate, on a moving
  * slot, and slot-less ones that could write anywhere (scripts without keys).
  * FLUSHALL and its like do not wait: they end the attempt, since behind it the slots
- * would be gone and their keys flushed nowhere. Reads of the moving slots expire nothing; the active expire cycle and eviction stop for these milliseconds.
+ * would be gone and their keys flushed nowhere. Reads of the moving slots expire
+ * nothing; the active expire cycle and eviction stop for these milliseconds.
  * (Upstream's pause of expiry must not be used: it takes for granted that nobody
  * writes, and a write to an expired key of another slot would be an assertion.)
  * (An operator's HOLD and PAUSE keep the fence down; PAUSE also stops the snapshot's

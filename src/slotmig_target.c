@@ -256,6 +256,8 @@ static slotMigTarget *applying_for;
 /* `later`: upstream would free it on the bio thread, which counts elements. We look
  * at bytes too. What it frees is the shadow's no more; its size by samples. */
 int slotmigFreesLater(robj *key, robj *o, int later) {
+    /* Upstream's function takes it that there is an element. */
+    if (o->type != OBJ_STRING && o->type != OBJ_MODULE && getObjectLength(o) == 0) return later;
     size_t size = objectComputeSize(key,o,5,0);
     if (!later && size <= FREE_LARGE) return 0;
     applying_for->shadow_memory -= size;
