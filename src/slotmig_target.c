@@ -392,12 +392,19 @@ static sds drainSome(slotMigJob *job, monotime until) {
  * background, for which slotmigFreesLater() is told. */
 typedef struct memoryMark { long long thread; size_t queued; } memoryMark;
 
+/* Where the allocator does not tell of a thread: the process's, unless the loader
+ * changes it at the same time. */
+static long long myMemory(slotMigTarget *t) {
+    long long mine = slotmigThreadMemory();
+    return mine || t->loader ? mine : (long long)zmalloc_used_memory();
+}
+
 static memoryMark markMemory(slotMigTarget *t) {
-    return (memoryMark){ slotmigThreadMemory(), t->queued_memory };
+    return (memoryMark){ myMemory(t), t->queued_memory };
 }
 
 static void countMemory(slotMigTarget *t, memoryMark before) {
-    t->shadow_memory += slotmigThreadMemory() - before.thread - ((long long)t->queued_memory - (long long)before.queued);
+    t->shadow_memory += myMemory(t) - before.thread - ((long long)t->queued_memory - (long long)before.queued);
     if (t->shadow_memory < 0) t->shadow_memory = 0;
 }
 
