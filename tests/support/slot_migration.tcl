@@ -302,6 +302,10 @@ proc fresh {} {
             move_slots $from $n [expr {max($first,[lindex $range 0])}] [expr {min($last,[lindex $range 1])}]
         }
     }
+    # The child of a job that has ended may live a moment longer.
+    for {set n 0} {$n < $all} {incr n} {
+        wait_for_condition 500 10 {[node_children $n] eq ""} else {fail "node $n has a child: [node_children $n]"}
+    }
 }
 
 proc jobs_running {n} {
