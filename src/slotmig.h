@@ -85,7 +85,8 @@ void kvstoreMoveDict(struct _kvstore *src, int sidx, struct _kvstore *dst, int d
 void kvstoreMoveAll(struct _kvstore *src, struct _kvstore *dst);
 void kvstorePrefetchDict(struct _kvstore *kvs, int didx);  /* its size is wanted soon; any place, there or not */
 
-/* ---- inside upstream's RDB reader, on the loader's thread ---- */
+/* ---- inside upstream's RDB reader: on the loader's thread, or on the main one
+ * while it decodes a module's value for it (slotmigDecodeValue) ---- */
 int slotmigInLoader(void);                      /* any thread */
 int slotmigLoaderError(const char *msg);        /* any thread; 1: taken, do not log or exit */
 struct RedisModuleType *slotmigLoaderModuleType(uint64_t id);

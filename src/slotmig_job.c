@@ -513,8 +513,10 @@ static void flushedJob(slotMigJob *job, void *arg) {
 
 void slotmigFlushed(redisDb *dbarray, int dbnum, int async) {
     if (dbarray != server.db || dbnum > 0) return;
+    slotMigWork was = slotmigWork(WORK_flush);
     slotmigShadowFlushed(async);
     if (slotmigActive()) slotmigEachJob(flushedJob,NULL);
+    slotmigWork(was);
 }
 
 /* ---- seen from outside ---- */

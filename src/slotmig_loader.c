@@ -10,7 +10,8 @@
  * Threads. The loader's thread owns, from slotmigLoaderStart() until it ends:
  * the connection with its TLS state, everything in the struct above the line,
  * and every object it makes until the section is in `done`. The main thread may
- * touch what is below the line, under the mutex. From server.* the thread only
+ * touch what is below the line, under the mutex, and the atomics: it sets `stop`,
+ * `paused` and `rate`, it reads `bytes` and `open_memory`. From server.* the thread only
  * reads plain words of the configuration (encoding limits), for which a stale
  * value is as good as a new one. It must never reach server.current_client,
  * server.db, the replication or AOF state, or a module that is not known to be

@@ -123,7 +123,7 @@ struct slotMigSource {
 
 /* Of all jobs together. A slot is in at most one job. */
 static slotSet fenced, closed, slowed;
-static int fences, slowings;
+static int fences;
 
 static void sourceFrame(slotMigJob *job, int type, frameReader *r);
 static void sourceClosed(slotMigJob *job, const char *why);
@@ -139,7 +139,6 @@ int slotmigSourceFollows(const slotMigJob *job) {
         (job->state == SLOTMIG_SNAPSHOT || job->state == SLOTMIG_STREAMING || job->state == SLOTMIG_FENCED);
 }
 
-
 void slotmigSourceDoom(slotMigJob *job, sds error) {
     if (job->src->doomed) sdsfree(error);
     else job->src->doomed = error;
@@ -149,10 +148,10 @@ int slotmigIsFlush(struct redisCommand *cmd) {
     return cmd->proc == flushallCommand || cmd->proc == flushdbCommand || cmd->proc == sflushCommand;
 }
 
-/* Will this command flush, now? */
+/* Is this a flush, to be run or queued, or a transaction with one? */
 static int flushes(client *c) {
-    if (!(c->flags & CLIENT_MULTI)) return slotmigIsFlush(c->cmd);
-    if (c->cmd->proc != execCommand) return 0;      /* only queued */
+    if (slotmigIsFlush(c->cmd)) return 1;
+    if (!(c->flags & CLIENT_MULTI) || c->cmd->proc != execCommand) return 0;
     for (int i = 0; i < c->mstate.count; i++)
         if (slotmigIsFlush(c->mstate.commands[i].cmd)) return 1;
     return 0;
@@ -170,9 +169,9 @@ int slotmigFieldExpiryWaits(robj *o) {
 
 /* Called for every command that is about to run, after redirections. */
 int slotmigMustWait(client *c, int may_replicate) {
-    if ((!fences && !slowings) || !may_replicate) return 0;
+    if ((!fences && !slowed.count) || !may_replicate) return 0;
     if ((c->cmd->flags & (CMD_PUBSUB|CMD_WRITE)) == CMD_PUBSUB) return 0;   /* writes nothing */
-    if (flushes(c) || (c->flags & CLIENT_MULTI && slotmigIsFlush(c->cmd))) return 0;
+    if (flushes(c)) return 0;
     if (c->slot >= 0) return slotSetHas(&fenced,c->slot) || slotSetHas(&slowed,c->slot);
     if (!fences) return 0;
     /* No key was named: it may write anywhere. */
@@ -213,14 +212,13 @@ static void slotSetChange(slotSet *all, const slotSet *some, int in) {
 /* ---- pace ---- */
 
 int slotmigSourceSlows(void) {
-    return slowings != 0 || fences != 0;
+    return slowed.count != 0 || fences != 0;
 }
 
 static void slowWriters(slotMigJob *job, int slow) {
     if (job->src->slowing == slow) return;
     job->src->slowing = slow;
     slotSetChange(&slowed,&job->slots,slow);
-    slowings += slow ? 1 : -1;
 }
 
 /* Writers go on as they like. */
@@ -749,13 +747,16 @@ static const char *moduleAtWork(slotMigJob *job) {
     return NULL;
 }
 
+/* 1, with the reason: the hand-off must wait for such a command. */
+static int waitsForModule(slotMigJob *job) {
+    const char *command = moduleAtWork(job);
+    if (command) slotmigSetReason(job,"the command '%s' is still at work on the slots",command);
+    return command != NULL;
+}
+
 static void sendCut(slotMigJob *job) {
     slotMigSource *s = job->src;
-    const char *command = moduleAtWork(job);
-    if (command) {
-        slotmigSetReason(job,"the command '%s' is still at work on the slots",command);
-        return;
-    }
+    if (waitsForModule(job)) return;
     slotMigWork was = slotmigWork(WORK_fence);
     s->cut = 1;
     s->wrote = 0;
@@ -833,13 +834,7 @@ static void tryFence(slotMigJob *job) {
             slotmigSetReason(job,"the target is %lld ms behind the writes",(long long)behind(job));
         return;
     }
-    if (s->module_waited) {
-        const char *command = moduleAtWork(job);
-        if (command) {
-            slotmigSetReason(job,"the command '%s' is still at work on the slots",command);
-            return;
-        }
-    }
+    if (s->module_waited && waitsForModule(job)) return;
     if (mstime() - s->stream->last_read > SILENCE) {
         slotmigSetReason(job,"no word from the target for %lld ms",(long long)(mstime() - s->stream->last_read));
         return;
@@ -1218,10 +1213,12 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
         slotmigJobStep(job);
         break;
     }
-    case FRAME_PREPARED:
-        slotmigWork(WORK_commit);
+    case FRAME_PREPARED: {
+        slotMigWork was = slotmigWork(WORK_commit);
         prepared(job,r);
+        slotmigWork(was);
         break;
+    }
     case FRAME_CONTROL:
         slotmigGotControl(job,r);
         break;
@@ -1354,10 +1351,12 @@ void slotmigSourceStep(slotMigJob *job) {
     case SLOTMIG_COMMITTED:
         askTarget(job);
         break;
-    case SLOTMIG_TRIMMING:
-        slotmigWork(WORK_trim);
+    case SLOTMIG_TRIMMING: {
+        slotMigWork was = slotmigWork(WORK_trim);
         trimStep(job);
+        slotmigWork(was);
         break;
+    }
     default:
         break;
     }

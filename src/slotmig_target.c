@@ -516,7 +516,9 @@ static int registerStep(slotMigJob *job, monotime until) {
         slotMigRawValue *v = s->raw+s->decoded;
         sds error = NULL;
         memoryMark before = markMemory(t);
+        slotMigWork was = slotmigWork(WORK_decode);
         robj *o = slotmigDecodeValue(v,&error);
+        slotmigWork(was);
         if (o && slotmigShadowAdd(t->shadow,s->slot,v->key,o,v->expire) == C_ERR) {
             error = sdscatprintf(sdsempty(),"key '%.64s' is there twice",v->key);
             decrRefCount(o);

@@ -285,7 +285,8 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         failpoint 2 target_after_takeover fail
         set id [migrate 0 2 3 10]
         wait_job_state 2 $id done
-        catch {exec kill -9 [node_children 0]}
+        assert_equal committed [job_field 0 $id state]
+        exec kill -9 [node_children 0]
         wait_job_state 0 $id done
         assert_equal 2 [slot_owner 0 5]
         failpoint 0 source_in_child off

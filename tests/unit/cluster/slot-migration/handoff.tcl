@@ -15,15 +15,6 @@ proc release {id} {
     wait_migrated 0 2 $id
 }
 
-# Send a command on a connection of its own, do not read the reply.
-proc send_command {n args} {
-    set rd [redis_deferring_client -$n]
-    $rd client id
-    set ::client_of($rd) [$rd read]
-    $rd {*}$args
-    return $rd
-}
-
 proc client_waits {n rd} {
     set line [R $n client list id $::client_of($rd)]
     regexp {flags=(\S+)} $line -> flags
