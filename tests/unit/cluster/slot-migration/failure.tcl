@@ -282,12 +282,17 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         fresh
         fill
         failpoint 0 source_in_child pause
-        failpoint 2 target_after_takeover fail
+        failpoint 0 source_before_commit pause
         set id [migrate 0 2 3 10]
-        wait_job_state 2 $id done
-        assert_equal committed [job_field 0 $id state]
+        wait_job_state 2 $id prepared
+        stop_node 2
+        failpoint 0 source_before_commit off
+        wait_job_state 0 $id committed
         exec kill -9 [node_children 0]
-        wait_job_state 0 $id done
+        wait_for_condition 500 10 {[node_children 0] eq ""} else {fail "the child is not collected"}
+        assert_equal committed [job_field 0 $id state]
+        continue_node 2
+        wait_migrated 0 2 $id
         assert_equal 2 [slot_owner 0 5]
         failpoint 0 source_in_child off
     }
