@@ -32,6 +32,7 @@ struct slotmigConfig {
     long long write_pause_timeout;  /* Milliseconds a fence may stand before the attempt is given up. */
     unsigned long long buffer_limit;/* Bytes of stream that may wait on either side. */
     long long log_max_len;          /* Finished jobs to remember. */
+    int wait_replicas;              /* Of the target's, that must have the slots before the hand-off. */
 };
 extern struct slotmigConfig slotmig_config;
 
@@ -66,7 +67,15 @@ void slotmigClusterReset(void);
 char *slotmigSaveVars(char *conf);                   /* sds in, sds out: our variables for nodes.conf */
 int slotmigLoadVar(const char *name, const char *value); /* 1: it was ours */
 void slotmigSlotIsOurs(int slot);
+void slotmigPromoted(void);                          /* this replica became the master, the slots are in its map */
+int slotmigDefends(int slot, struct _clusterNode *claimant, uint64_t epoch); /* 1: the slot stays ours */
+void slotmigHeardEpoch(struct _clusterNode *sender, uint64_t current_epoch); /* every message of a known node */
 int slotmigDropsGivenSlot(int slot);                 /* 1: its keys were an old file's, they are gone now */
+
+/* ---- replication ---- */
+char *slotmigCapability(void);                       /* what a replica tells its master that it can do */
+void slotmigReplicaCapability(struct client *c, const char *capa);
+void slotmigReplicaWord(struct client *c);           /* REPLCONF SLOTMIG, from a replica */
 
 /* ---- the key space ---- */
 void slotmigFlushed(struct redisDb *dbarray, int dbnum, int async); /* before db `dbnum` (-1: all) is emptied */

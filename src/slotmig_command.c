@@ -1,8 +1,8 @@
 /* slotmig_command.c -- the CLUSTER subcommands: parse, validate, reply.
  *
  *   CLUSTER MIGRATE-SLOTS SLOTSRANGE start end [start end ...] NODE target-id
- *           [SLOTSRANGE ... NODE ...] [RATE n] [HOLD]       array of job ids
- *   CLUSTER ALTER-SLOT-MIGRATION ID job-id [RATE n] [HOLD | RELEASE] [PAUSE | RESUME]
+ *           [SLOTSRANGE ... NODE ...] [RATE n] [HOLD] [WAITREPLICAS n]      array of job ids
+ *   CLUSTER ALTER-SLOT-MIGRATION ID job-id [RATE n] [WAITREPLICAS n] [HOLD | RELEASE] [PAUSE | RESUME]
  *   CLUSTER SLOT-MIGRATIONS [ID job-id]             array of maps, newest first
  *   CLUSTER CANCEL-SLOT-MIGRATIONS ID job-id [FORCE] | ALL      how many
  *
@@ -10,7 +10,8 @@
  *
  *   CLUSTER SLOTMIG OFFER protocol job source target keys bytes memory start end ...   OK
  *   CLUSTER SLOTMIG ATTACH job stream|snapshot      the connection becomes the job's
- *   CLUSTER SLOTMIG ASK job asker asked role start end ...      a word on a hand-off in doubt
+ *   CLUSTER SLOTMIG ASK job asker asked role how start end ...  a word on a hand-off in doubt
+ *   CLUSTER SLOTMIG RELAY job seq word ...          from a replica's master, see slotmig_relay.c
  *   CLUSTER SLOTMIG REQUEST SLOTSRANGE ...          MIGRATE-SLOTS, answered in a line
  *   CLUSTER SLOTMIG FAILPOINT name off|fail|pause|crash [at]    for tests, needs
  *                                                   enable-debug-command
@@ -34,9 +35,8 @@ sds slotmigCheckNode(void) {
     if (server.cluster->state != CLUSTER_OK) return sdsnew("the cluster is down as this node sees it: see CLUSTER INFO");
     if (server.cluster_module_flags & CLUSTER_MODULE_FLAG_NO_REDIRECTION)
         return sdsnew("a module has turned off the cluster's redirections");
-    if (myself->numslaves || listLength(server.slaves))
-        return sdscatprintf(sdsempty(),"node %.40s has replicas, which this version cannot migrate yet: "
-            "use redis-cli --cluster reshard",myself->name);
+    sds error = slotmigCheckReplicas();
+    if (error) return error;
     if (server.aof_state != AOF_OFF)
         return sdscatprintf(sdsempty(),"node %.40s has 'appendonly yes', which this version cannot migrate yet: "
             "use redis-cli --cluster reshard",myself->name);
@@ -58,14 +58,15 @@ sds *slotmigRangeArgs(sds *argv, int *argc, const slotSet *slots) {
 
 slotMigDial *slotmigAsk(slotMigJob *job, clusterNode *node, slotMigDialDone *done) {
     int argc = 0;
-    sds *argv = zmalloc(sizeof(sds)*7);
+    sds *argv = zmalloc(sizeof(sds)*8);
     argv[argc++] = sdsnew("CLUSTER");
     argv[argc++] = sdsnew("SLOTMIG");
     argv[argc++] = sdsnew("ASK");
     argv[argc++] = sdsnew(job->id);
     argv[argc++] = sdsnewlen(server.cluster->myself->name,CLUSTER_NAMELEN);
-    argv[argc++] = sdsnew(job->peer);
+    argv[argc++] = sdsnewlen(node->name,CLUSTER_NAMELEN);
     argv[argc++] = sdsnew(job->role == SLOTMIG_SOURCE ? "target" : "source");
+    argv[argc++] = sdsnew(job->state == SLOTMIG_INHERITED ? "inherited" : "bound");
     argv = slotmigRangeArgs(argv,&argc,&job->slots);
     slotMigDial *d = slotmigDial(node,argc,argv,done,job);
     zfree(argv);
@@ -236,13 +237,19 @@ static sds parseControl(client *c, int *at, int alter, struct slotMigControl *co
                     *at+1 < c->argc ? (char*)c->argv[*at+1]->ptr : "");
             (*at)++;
         }
+        else if (!strcasecmp(word,"waitreplicas")) {
+            if (*at+1 == c->argc || getLongLongFromObject(c->argv[*at+1],&control->wait_replicas) != C_OK || control->wait_replicas < 0)
+                return sdscatprintf(sdsempty(),"invalid WAITREPLICAS '%.64s': give the number of the target's replicas that "
+                    "must have the slots",*at+1 < c->argc ? (char*)c->argv[*at+1]->ptr : "");
+            (*at)++;
+        }
         else if (!strcasecmp(word,"hold") && !hold++) control->held = 1;
         else if (alter && !strcasecmp(word,"release") && !hold++) control->held = 0;
         else if (alter && !strcasecmp(word,"pause") && !pause++) control->paused = 1;
         else if (alter && !strcasecmp(word,"resume") && !pause++) control->paused = 0;
         else return sdscatprintf(sdsempty(),"syntax error at '%.64s': %s",word,alter ?
-            "[RATE bytes-per-second] [HOLD|RELEASE] [PAUSE|RESUME]" :
-            "SLOTSRANGE start end [start end ...] NODE node-id [RATE bytes-per-second] [HOLD]");
+            "[RATE bytes-per-second] [WAITREPLICAS n] [HOLD|RELEASE] [PAUSE|RESUME]" :
+            "SLOTSRANGE start end [start end ...] NODE node-id [RATE bytes-per-second] [HOLD] [WAITREPLICAS n]");
     }
     return NULL;
 }
@@ -253,7 +260,7 @@ static void migrateSlots(client *c, int at, int in_a_line) {
     slotSet *slots = zmalloc(sizeof(*slots)*BLOCKS_MAX), all;
     clusterNode *targets[BLOCKS_MAX];
     int blocks = 0, first_arg = at, to_me = 0;
-    struct slotMigControl control = {0};
+    struct slotMigControl control = { .wait_replicas = -1 };
     sds error = NULL;
 
     slotSetClear(&all);
@@ -340,7 +347,7 @@ static void replyJob(client *c, slotMigJob *job) {
     char me[CLUSTER_NAMELEN+1] = {0};
     memcpy(me,myself,CLUSTER_NAMELEN);
 
-    addReplyMapLen(c,29);
+    addReplyMapLen(c,30);
     replyText(c,"id",job->id);
     replyText(c,"slots",job->ranges);
     replyText(c,"source",job->role == SLOTMIG_SOURCE ? me : job->peer);
@@ -376,6 +383,7 @@ static void replyJob(client *c, slotMigJob *job) {
     replyNumber(c,"held-for",job->held_since ? now - job->held_since : 0);
     replyNumber(c,"paused",job->control.paused);
     replyNumber(c,"rate-limit",job->control.rate);
+    replyNumber(c,"wait-replicas",job->control.wait_replicas);
     replyNumber(c,"writers-rate-limit",job->writers_rate);
     replyNumber(c,"trimmed",job->trimmed);
 }
@@ -419,7 +427,8 @@ static void alterSlotMigration(client *c) {
     if (job == NULL) return;
     struct slotMigControl control = job->control;
     sds error = parseControl(c,&at,1,&control);
-    if (error == NULL && (slotmigEnded(job) || job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_TRIMMING || job->state == SLOTMIG_TAKEN))
+    if (error == NULL && (slotmigEnded(job) || job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED || job->state == SLOTMIG_TRIMMING ||
+        job->state == SLOTMIG_TAKEN || slotmigIsRelayed(job)))
         error = sdscatprintf(sdsempty(),"Slot migration %s is %s: there is nothing to alter",job->id,slotmig_state_names[job->state]);
     if (error) {
         addReplyErrorFormat(c,"%s",error);
@@ -452,7 +461,7 @@ static void cancelSlotMigrations(client *c) {
         if (job == NULL) return;
         if (slotmigEnded(job)) {
             addReplyLongLong(c,0);
-        } else if (force && job->state == SLOTMIG_COMMITTED) {
+        } else if (force && (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED)) {
             slotmigSourceForce(job);
             addReplyLongLong(c,1);
         } else if (force && job->state == SLOTMIG_PREPARED) {
@@ -540,11 +549,12 @@ static sds answerBySlotMap(const slotSet *slots, robj *asker, slotMigRole asked_
 }
 
 /* A word on a hand-off whose connection broke: CLUSTER SLOTMIG ASK job asker
- * asked role start end ..., role being what the asker takes us for. */
+ * asked role how start end ..., role being what the asker takes us for, how being
+ * "inherited" when it does not know whether it was committed. */
 static void ask(client *c) {
     slotSet slots, all;
-    int at = 7;
-    if (c->argc < 9 || sdslen(c->argv[3]->ptr) != SLOTMIG_ID_LEN) {
+    int at = 8;
+    if (c->argc < 10 || sdslen(c->argv[3]->ptr) != SLOTMIG_ID_LEN) {
         addReplyErrorObject(c,shared.syntaxerr);
         return;
     }
@@ -558,9 +568,10 @@ static void ask(client *c) {
     }
     slotMigRole role = strcasecmp(c->argv[6]->ptr,"source") ? SLOTMIG_TARGET : SLOTMIG_SOURCE;
     slotMigJob *job = slotmigFindJob(c->argv[3]->ptr);
-    if (job == NULL) answer = answerBySlotMap(&slots,c->argv[4],role);
+    if (job == NULL) answer = NULL;
     else if (job->role == SLOTMIG_SOURCE) answer = slotmigSourceAnswer(job);
-    else answer = slotmigTargetAnswer(job);
+    else answer = slotmigTargetAnswer(job,c->argv[4]->ptr,!strcasecmp(c->argv[7]->ptr,"inherited"));
+    if (answer == NULL) answer = answerBySlotMap(&slots,c->argv[4],role);
     addReplyStatus(c,answer);
     sdsfree(answer);
 }
@@ -579,7 +590,9 @@ static void attach(client *c) {
 
 static void slotmigInternal(client *c) {
     char *op = c->argv[2]->ptr;
-    if (!(c->flags & CLIENT_INTERNAL)) {
+    if (!strcasecmp(op,"relay") && (c->flags & (CLIENT_MASTER|CLIENT_INTERNAL))) {
+        slotmigRelayed(c);
+    } else if (!(c->flags & CLIENT_INTERNAL)) {
         addReplyError(c,"CLUSTER SLOTMIG is for the nodes of the cluster only: use CLUSTER MIGRATE-SLOTS");
     } else if (!strcasecmp(op,"offer")) {
         offer(c);

@@ -61,7 +61,7 @@ static struct {
 static struct { unsigned long long us; long long cpu_us, work_us[WORK_COUNT]; slotMigWork most; } longest_turn;
 
 const char *slotmig_state_names[SLOTMIG_NUM_STATES] = {
-    "offered","waiting","snapshot","streaming","fenced","committed","trimming",
+    "offered","waiting","snapshot","streaming","fenced","committed","inherited","trimming",
     "connecting","loading","following","preparing","prepared","taken",
     "done","failed","cancelled"
 };
@@ -134,7 +134,7 @@ slotMigJob *slotmigCreateJob(slotMigRole role, const char *id, const slotSet *sl
     job->reason = sdsempty();
     job->last_error = sdsempty();
     job->created = job->state_since = mstime();
-    job->writers_rate = -1;
+    job->writers_rate = job->control.wait_replicas = -1;
     listAddNodeTail(slotmig_jobs,job);
     slotmig_jobs_active++;
     slotmigWantTimer();
@@ -142,6 +142,7 @@ slotMigJob *slotmigCreateJob(slotMigRole role, const char *id, const slotSet *sl
 }
 
 static void freeJob(slotMigJob *job) {
+    if (job->told) listRelease(job->told);
     sdsfree(job->ranges);
     sdsfree(job->reason);
     sdsfree(job->last_error);
@@ -348,6 +349,21 @@ static int busy(void) {
     return 0;
 }
 
+static int soonFired(struct aeEventLoop *el, long long id, void *scheduled) {
+    UNUSED(el); UNUSED(id);
+    *(int*)scheduled = 0;
+    if (slotmigMustNotExecute()) return AE_NOMORE;      /* the timer comes */
+    slotMigWork was = slotmigWork(WORK_checks);
+    slotmigEachJob(stepJob,NULL);
+    slotmigWork(was);
+    return AE_NOMORE;
+}
+
+void slotmigJobsSoon(void) {
+    static int scheduled;
+    if (!scheduled) scheduled = aeCreateTimeEvent(server.el,0,soonFired,&scheduled,NULL) != AE_ERR;
+}
+
 static int timerFired(struct aeEventLoop *el, long long id, void *data) {
     UNUSED(el); UNUSED(id); UNUSED(data);
     if (slotmigMustNotExecute()) return TICK_MS;
@@ -374,6 +390,7 @@ void slotmigSendControl(slotMigJob *job) {
     sds f = slotmigFrameStart(FRAME_CONTROL);
     f = slotmigFrameInt(f,job->control.version,8);
     f = slotmigFrameInt(f,job->control.rate,8);
+    f = slotmigFrameInt(f,job->control.wait_replicas,8);
     f = slotmigFrameInt(f,job->control.paused,1);
     f = slotmigFrameInt(f,job->control.held,1);
     slotmigLinkSend(l,f);
@@ -392,9 +409,10 @@ void slotmigGotControl(slotMigJob *job, frameReader *r) {
     struct slotMigControl c;
     c.version = frameGetInt(r,8);
     c.rate = frameGetInt(r,8);
+    c.wait_replicas = frameGetInt(r,8);
     c.paused = frameGetInt(r,1);
     c.held = frameGetInt(r,1);
-    if (r->bad || c.rate < 0) {
+    if (r->bad || c.rate < 0 || c.wait_replicas < -1) {
         r->bad = 1;
         return;
     }
@@ -442,6 +460,13 @@ void slotmigLowerPriority(void) {
 
 /* The end of a turn: take over connections, send what was framed in it. */
 void slotmigBeforeSleep(void) {
+    static int started;
+    slotmigBusTurn();
+    slotmigRaiseEpoch();
+    if (!started) {
+        started = 1;
+        slotmigInherit("this node was restarted");
+    }
     if (!slotmigActive()) {
         turnEnds();
         return;
@@ -477,8 +502,19 @@ static void endAnyway(slotMigJob *job, void *why) {
 /* Also what waits for a word of the cluster that this node leaves. */
 void slotmigClusterReset(void) {
     slotmigEachJob(endAnyway,"CLUSTER RESET of this node");
+    slotmigRecordsClear();
     for (int j = 0; j < CLUSTER_SLOTS; j++) slotmigSlotIsOurs(j);
     unblockPostponedClients();
+}
+
+static void promotedJob(slotMigJob *job, void *arg) {
+    UNUSED(arg);
+    if (job->role == SLOTMIG_TARGET) slotmigTargetPromoted(job);
+}
+
+void slotmigPromoted(void) {
+    slotmigEachJob(promotedJob,NULL);
+    slotmigInherit("this node replaced its master");
 }
 
 /* The process exits for certain. What is past the commit stays as it is: the
@@ -492,6 +528,7 @@ void slotmigShutdown(void) {
 int slotmigRefuseSlotChange(client *c, int slot) {
     slotMigJob *job = slotmigJobOfSlot(slot);
     if (job == NULL) {
+        slotmigUndefendSlot(slot);
         slotmigSlotIsOurs(slot);    /* or may be from now on: keys of it are no leftovers */
         return 0;
     }
@@ -502,8 +539,9 @@ int slotmigRefuseSlotChange(client *c, int slot) {
 
 int slotmigKeepsLostSlot(int slot) {
     slotMigJob *job = slotmigJobOfSlot(slot);
+    if (slotmigSlotIsDefended(slot)) return 1;
     return job && job->role == SLOTMIG_SOURCE &&
-        (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_TRIMMING);
+        (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED || job->state == SLOTMIG_TRIMMING);
 }
 
 static void flushedJob(slotMigJob *job, void *arg) {

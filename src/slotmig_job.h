@@ -46,6 +46,7 @@ typedef enum {
     SLOTMIG_STREAMING,      /* the target has the snapshot, the writes are followed */
     SLOTMIG_FENCED,         /* writes to the slots wait, the target prepares */
     SLOTMIG_COMMITTED,      /* the target may take over; the slots are closed here for good */
+    SLOTMIG_INHERITED,      /* a hand-off of before a restart or a promotion: closed, the target's shard is asked */
     SLOTMIG_TRIMMING,       /* the target owns them, our copy goes */
     /* target */
     SLOTMIG_CONNECTING,     /* to the source */
@@ -92,6 +93,7 @@ typedef struct slotMigJob {
     struct slotMigControl {
         uint64_t version;
         long long rate;                 /* bytes of the snapshot per second, 0: any */
+        long long wait_replicas;        /* of the target's, that must have the slots; -1: what is configured there */
         int paused;                     /* no byte of the snapshot, no hand-off */
         int held;                       /* no hand-off */
     } control;
@@ -99,6 +101,12 @@ typedef struct slotMigJob {
     long long writers_rate;             /* bytes per second that writers of the slots may stream, -1: any */
     unsigned long long trimmed;         /* keys the source let go */
     uint64_t epoch;                     /* that the target reserved, later owns the slots with */
+    /* Words to this node's replicas, see slotmig_relay.c. */
+    unsigned long long relay_seq;       /* of the next one (a replica: expected) */
+    unsigned long long relayed;         /* bytes of the snapshot */
+    list *told;                         /* what replicas have said; NULL: nothing */
+    long long takeover_offset;          /* of the replication stream, behind TAKEOVER; 0: not yet */
+    uint64_t takeover_client;           /* clients with this id or a later one came after it */
     slotMigSource *src;                 /* NULL once ended, or when we are the target */
     slotMigTarget *tgt;
 } slotMigJob;
@@ -119,6 +127,7 @@ void slotmigFail(slotMigJob *job, slotMigState state, sds error);
 /* Release what a job holds besides its record and put it into the log. */
 void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason);
 void slotmigJobStep(slotMigJob *job);
+void slotmigJobsSoon(void);                         /* the same, for all, when this event has been handled */
 void slotmigWantTimer(void);
 void slotmigDrainSoon(void);                        /* a shadow was merged, or a limbo left to itself */
 void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg);
@@ -166,7 +175,7 @@ typedef enum {
     FRAME_FAIL,             /* u8 cancelled, text: the job failed at the target */
     /* both */
     FRAME_ALIVE,            /* nothing */
-    FRAME_CONTROL,          /* u64 version, u64 rate, u8 paused, u8 held: what the operator wants; the higher version counts */
+    FRAME_CONTROL,          /* u64 version, u64 rate, u64 replicas, u8 paused, u8 held: what the operator wants; the higher version counts */
 } slotMigFrame;
 
 #define FRAME_HEADER 5      /* length and type */
@@ -232,6 +241,10 @@ int slotmigIsFlush(struct redisCommand *cmd);
 void slotmigSourceFlushes(slotMigJob *job);         /* the node's keys are about to be flushed */
 void slotmigSourceFlushFed(slotMigJob *job);        /* and the stream tells of it */
 sds slotmigSourceAnswer(slotMigJob *job);           /* to ASK */
+void slotmigSourceInherit(const char *id, const char *target, const slotSet *slots, const char *how);
+void slotmigRaiseEpoch(void);                       /* when a claim was defended in this turn */
+int slotmigSlotIsDefended(int slot);
+void slotmigUndefendSlot(int slot);
 void slotmigSourceFree(slotMigJob *job);
 slotMigLink *slotmigSourceStream(slotMigJob *job);
 int slotmigSourceFollows(const slotMigJob *job);    /* do its slots' writes go into the stream? */
@@ -254,7 +267,17 @@ void slotmigTargetStep(slotMigJob *job);
 void slotmigTargetPace(slotMigJob *job);            /* the control changed */
 void slotmigTargetMemory(const slotMigJob *job, struct slotMigMemory *m);   /* adds to it */
 int slotmigTargetBusy(const slotMigJob *job);       /* is there work for the next slice? */
-sds slotmigTargetAnswer(slotMigJob *job);           /* to ASK */
+sds slotmigTargetAnswer(slotMigJob *job, const char *asker, int inherited);     /* to ASK; NULL: by the slot map */
+void slotmigTargetPromoted(slotMigJob *job);
+int slotmigIsRelayed(const slotMigJob *job);        /* this node is a replica, its master moves the slots */
+/* On a replica, what the master's words ask for. */
+sds slotmigReplicaBegin(const char *id, const char *source, const slotSet *slots, long long point,
+                        unsigned long long keys, unsigned long long seq);
+void slotmigReplicaData(slotMigJob *job, const char *p, size_t len);
+void slotmigReplicaOps(slotMigJob *job, const char *p, size_t len);
+void slotmigReplicaPrepare(slotMigJob *job, uint64_t n, uint64_t epoch, uint64_t source_epoch);
+void slotmigReplicaDiscard(slotMigJob *job, uint64_t n);
+int slotmigReplicaTakeOver(slotMigJob *job, uint64_t n, uint64_t epoch);    /* 0: it has not all of it */
 void slotmigTargetForce(slotMigJob *job);           /* discard although bound */
 void slotmigTargetFree(slotMigJob *job);
 slotMigLink *slotmigTargetStream(slotMigJob *job);
@@ -264,6 +287,53 @@ slotMigLink *slotmigTargetStream(slotMigJob *job);
 sds slotmigCheckNode(void);                         /* why this node cannot migrate; NULL: it can */
 sds *slotmigRangeArgs(sds *argv, int *argc, const slotSet *slots);
 slotMigDial *slotmigAsk(slotMigJob *job, clusterNode *node, slotMigDialDone *done);
+
+/* ---- what the cluster bus tells (slotmig_bus.c) ---- */
+
+void slotmigBusTurn(void);
+int slotmigFresh(sds *why);
+int slotmigEpochEchoed(uint64_t epoch);
+void slotmigPingMasters(void);
+clusterNode *slotmigLineageMaster(const char *name);
+int slotmigSameLineage(const clusterNode *n, const char *name);
+int slotmigShardMates(const char *name);
+
+/* ---- records of hand-offs (slotmig_record.c) ---- */
+
+void slotmigRecordPut(const char *id, const char *target, const slotSet *slots);
+void slotmigRecordDrop(const char *id);
+void slotmigRecordsClear(void);
+void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id));
+sds slotmigSaveRecords(sds conf);
+void slotmigLoadRecord(const char *value);
+int slotmigParseRanges(const char *p, slotSet *slots);      /* "3-10,20"; 0: it is none */
+void slotmigInherit(const char *how);
+int slotmigRecordCovers(int slot);
+int slotmigAnyRecord(void);
+int slotmigHasRecord(const char *id);
+
+/* ---- a master and its replicas (slotmig_relay.c) ---- */
+
+typedef enum {
+    RELAY_HANDOFF, RELAY_END, RELAY_TRIM, RELAY_BEGIN, RELAY_DATA, RELAY_OPS, RELAY_PREPARED, RELAY_DISCARD,
+    RELAY_TAKEOVER, RELAY_ABORT, RELAY_LOST, RELAY_WORDS
+} slotMigWord;
+int slotmigHasReplicas(void);
+sds slotmigCheckReplicas(void);
+void slotmigRelay(slotMigJob *job, slotMigWord word, int n, sds *args);
+void slotmigRelayHandoff(slotMigJob *job);
+void slotmigRelayEnd(slotMigJob *job);
+void slotmigRelayTrim(slotMigJob *job);
+void slotmigRelayBegin(slotMigJob *job, long long point);
+void slotmigRelayBytes(slotMigJob *job, slotMigWord word, const void *p, size_t len);
+void slotmigRelayAttempt(slotMigJob *job, slotMigWord word, uint64_t n, uint64_t epoch, uint64_t source_epoch);
+int slotmigToldCount(slotMigJob *job, slotMigWord word, uint64_t n);
+sds slotmigNotTold(slotMigJob *job, slotMigWord word, uint64_t n);
+int slotmigBehind(slotMigJob *job, slotMigWord word, uint64_t n);
+int slotmigLostCount(slotMigJob *job);
+size_t slotmigRelayRoom(slotMigJob *job);
+void slotmigAnswerMaster(const char *id, slotMigWord word, uint64_t n, const char *text);
+void slotmigRelayed(client *c);
 /* The target's answer to the offer of a job (NULL: accepted), for the command
  * that waits for it. */
 void slotmigRequestAnswered(slotMigJob *job, const char *error);
@@ -312,7 +382,8 @@ typedef struct slotMigSection {         /* a slot that arrived whole */
 } slotMigSection;
 
 typedef struct slotMigLoader slotMigLoader;
-slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, void (*wake)(void*), void *arg);
+slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int patient, int tee, void (*wake)(void*), void *arg);
+sds slotmigLoaderTeed(slotMigLoader *l);            /* bytes that were read since, the caller's; NULL: none */
 void slotmigLoaderPace(slotMigLoader *l, long long rate, int paused);   /* bytes per second, 0: any */
 size_t slotmigLoaderMemory(slotMigLoader *l);       /* of sections not taken yet */
 /* Next finished section (owned by the caller), NULL: none at the moment. */
@@ -330,11 +401,12 @@ robj *slotmigDecodeValue(const slotMigRawValue *v, sds *error);
 typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRASH } failPointAction;
 #define SLOTMIG_FAILPOINTS(X) \
     X(source_before_attach) X(source_before_fork) X(source_in_child) X(source_before_cut) \
-    X(source_before_commit) X(source_after_commit) X(source_before_trim) \
+    X(source_before_commit) X(source_after_commit) X(source_before_trim) X(source_replica_told) \
     X(source_damages_section) X(source_cuts_snapshot) X(source_flips_byte) \
     X(source_repeats_command) X(source_drops_command) \
     X(target_before_accept) X(target_before_load) X(target_before_section) X(target_before_apply) \
-    X(target_before_prepared) X(target_prepared) X(target_before_takeover) X(target_after_takeover)
+    X(target_before_prepared) X(target_prepared) X(target_before_takeover) X(target_after_takeover) \
+    X(target_replica_prepared) X(target_replica_takeover)
 #define X(name) FP_##name,
 typedef enum { SLOTMIG_FAILPOINTS(X) FP_COUNT } failPoint;
 #undef X
@@ -355,5 +427,7 @@ void clusterSetMaster(clusterNode *n);
 size_t objectComputeSize(robj *key, robj *o, size_t sample_size, int dbid);
 struct redisCommand *lookupCommandLogic(dict *commands, robj **argv, int argc, int strict);
 int bitmapTestBit(unsigned char *bitmap, int pos);
+char *replicationGetSlaveName(client *c);
+void clusterSendPing(clusterLink *link, int type);
 
 #endif

@@ -48,6 +48,7 @@
 #define LOADER_BUFFER (128*1024)
 #define LOADER_POLL 100                 /* ms between two looks at `stop` while no byte comes */
 #define LOADER_ERROR_MAX 512
+#define TEE_MAX (512*1024)              /* bytes for the replicas that wait until no more is read */
 #define PACE_BURST 250                  /* ms of the rate limit that may come at once */
 #define KEY_OVERHEAD 96                 /* bytes of memory a key takes besides its text, if the allocator does not tell */
 
@@ -66,7 +67,7 @@ typedef struct rdbReader {
 struct slotMigLoader {
     rio rdb;                            /* first: loaderRead() gets its address */
     connection *conn;
-    int tls;
+    int tls, patient, tee;
     slotSet slots;                      /* expected */
     unsigned char buf[LOADER_BUFFER];
     size_t pos, len;                    /* of what was read into `buf`: taken, there */
@@ -96,6 +97,7 @@ struct slotMigLoader {
     pthread_mutex_t mutex;
     list *done;                         /* of slotMigSection*, oldest first */
     size_t done_memory;
+    sds teed;                           /* read, for the replicas; NULL: nothing */
     int state;                          /* 0: running, 1: complete, -1: failed */
     eventNotifier *notifier;
     void (*wake)(void*);                /* main thread only */
@@ -143,6 +145,22 @@ static size_t sectionMemory(slotMigLoader *l) {
     return now > l->section_memory ? now - l->section_memory : 0;
 }
 
+static int teeIsFull(slotMigLoader *l) {
+    pthread_mutex_lock(&l->mutex);
+    int full = l->teed && sdslen(l->teed) > TEE_MAX;
+    pthread_mutex_unlock(&l->mutex);
+    return full;
+}
+
+static void teeBytes(slotMigLoader *l, const void *p, size_t len) {
+    pthread_mutex_lock(&l->mutex);
+    int first = l->teed == NULL;
+    if (first) l->teed = sdsempty();
+    l->teed = sdscatlen(l->teed,p,len);
+    pthread_mutex_unlock(&l->mutex);
+    if (first) triggerEventNotifier(l->notifier);
+}
+
 /* How many of `len` bytes may be read now, 0: stopped. Waits while the operator
  * wants that; TCP then slows the source down. */
 static size_t loaderMayRead(slotMigLoader *l, size_t len) {
@@ -155,6 +173,10 @@ static size_t loaderMayRead(slotMigLoader *l, size_t len) {
         if (stop) {
             loaderFail(l,"stopped");
             return 0;
+        }
+        if (l->tee && teeIsFull(l)) {
+            usleep(1000);
+            continue;
         }
         monotime now = getMonotonicUs();
         double most = rate*(PACE_BURST/1000.0)+1;
@@ -179,6 +201,7 @@ static size_t loaderReceive(slotMigLoader *l, void *buf, size_t room) {
         int n = l->tls ? connSyncRead(l->conn,buf,len,LOADER_POLL) : connRead(l->conn,buf,len);
         if (n > 0) {
             l->allowed -= n;
+            if (l->tee) teeBytes(l,buf,n);
             atomicIncr(l->bytes,n);
             if (l->section) atomicSet(l->open_memory,sectionMemory(l));
             return n;
@@ -188,7 +211,7 @@ static size_t loaderReceive(slotMigLoader *l, void *buf, size_t room) {
             return 0;
         }
         struct pollfd pfd = { l->conn->fd, POLLIN, 0 };
-        if ((l->tls || poll(&pfd,1,LOADER_POLL) == 0) && (idle += LOADER_POLL) > l->idle_limit) {
+        if ((l->tls || poll(&pfd,1,LOADER_POLL) == 0) && (idle += LOADER_POLL) > l->idle_limit && !l->patient) {
             loaderFail(l,"no byte of the snapshot arrived for repl-timeout, at offset %llu",
                 (unsigned long long)l->offset);
             return 0;
@@ -610,15 +633,18 @@ static void loaderWoken(struct aeEventLoop *el, int fd, void *data, int mask) {
 }
 
 /* Takes the connection; must not be called from inside one of its handlers. `wake(arg)` is called
- * on the main thread when there is something new. NULL: no thread or no
+ * on the main thread when there is something new. `patient`: the connection may be
+ * silent for any time; `tee`: keep what is read for slotmigLoaderTeed(). NULL: no thread or no
  * descriptor could be had; the connection is then still the caller's. */
-slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, void (*wake)(void*), void *arg) {
+slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int patient, int tee, void (*wake)(void*), void *arg) {
     slotMigLoader *l = zcalloc(sizeof(*l));
     l->rdb.read = loaderRead;
     l->rdb.tell = loaderTell;
     l->conn = conn;
     l->tls = conn->type != connectionTypeTcp();
     l->slots = *slots;
+    l->patient = patient;
+    l->tee = tee;
     slotSetClear(&l->seen);
     slotRdbIndexInit(&l->index);
     l->idle_limit = server.repl_timeout*1000LL;
@@ -660,6 +686,14 @@ slotMigSection *slotmigLoaderNext(slotMigLoader *l) {
     }
     pthread_mutex_unlock(&l->mutex);
     return s;
+}
+
+sds slotmigLoaderTeed(slotMigLoader *l) {
+    pthread_mutex_lock(&l->mutex);
+    sds bytes = l->teed;
+    l->teed = NULL;
+    pthread_mutex_unlock(&l->mutex);
+    return bytes;
 }
 
 void slotmigLoaderPace(slotMigLoader *l, long long rate, int paused) {
@@ -712,6 +746,7 @@ static void finishLoader(void *args[]) {
     slotMigSection *s;
     while ((s = slotmigLoaderNext(l)) != NULL) slotmigSectionFree(s);
     listRelease(l->done);
+    sdsfree(l->teed);
     slotRdbIndexFree(&l->index);
     pthread_mutex_destroy(&l->mutex);
     zfree(l);

@@ -18,6 +18,10 @@
  *               this node never serves the slots again, unless the target says
  *               that it discarded the attempt. It goes on claiming them on the
  *               cluster bus until the target's higher epoch moves them
+ *   INHERITED   instead of all that: this node was restarted, or replaced its master, in
+ *               the middle of a hand-off, and has a record of it. As COMMITTED, but it
+ *               does not know whether it was: it asks, and until it knows nobody is
+ *               sent to the target
  *   TRIMMING    TAKEN came: the slots are the target's in our map too. They are
  *               detached in slices and freed in the background
  *
@@ -41,6 +45,11 @@
  * fills the limit just when it ends; then a little less than what the target
  * applies, so that its lag shrinks. Not when the target is silent, nor when the
  * operator paused the job: then it fails at the limit instead.
+ *
+ * The record. Before the first fence of a job nodes.conf is to say on the disk, and
+ * every replica that is not FAIL is to have acknowledged, that a hand-off is near
+ * (slotmig_record.c): who restarts or is promoted then asks before it serves the
+ * slots. So nothing is written and nobody is told while writers wait.
  *
  * Must never happen: COMMIT after a write behind the cut; a fence that outlives
  * its attempt; a slot served here after COMMIT while the target may take it.
@@ -73,6 +82,7 @@
 #define BEHIND_SAMPLES 128
 #define PACE_PERIOD 10              /* ms between two settings of the pace */
 #define ALLOWANCE 20                /* ms of the pace that may be used at once */
+#define TELL_PERIOD 1000            /* ms between two tellings of replicas that do not answer */
 #define SILENCE 1000                /* ms without a word from the target that make a hand-off hopeless */
 #define MODULE_WAIT 1000            /* ms for which writers wait for a module's command to end */
 #define ASK_ANYWAY 1000             /* ms after the commit when a link that seems alive is not trusted */
@@ -117,6 +127,9 @@ struct slotMigSource {
     slotMigDial *ask;
     mstime_t next_ask;
     uint64_t cut_epoch;             /* of ours, that CUT told */
+    mstime_t told_again;
+    int recorded;                   /* nodes.conf with the job's record: 1: being written, 2: on the disk */
+    char asked[CLUSTER_NAMELEN+1];  /* the node that `ask` goes to */
     int trim_slot;                  /* next to trim, -1: none is left */
     slotMigLimbo *limbo;
 };
@@ -182,11 +195,12 @@ int slotmigMustWait(client *c, int may_replicate) {
 clusterNode *slotmigSlotOwner(int slot, clusterNode *owner) {
     if (closed.count == 0 || (owner && owner != server.cluster->myself) || !slotSetHas(&closed,slot)) return owner;
     slotMigJob *job = slotmigJobOfSlot(slot);
-    return job ? slotmigPeer(job) : NULL;   /* forgotten: nobody serves it */
+    if (job == NULL || job->state == SLOTMIG_INHERITED) return NULL;    /* nobody knows yet who serves it */
+    return slotmigPeer(job);    /* forgotten: nobody */
 }
 
 int slotmigKeepsMaster(void) {
-    return closed.count != 0;
+    return closed.count != 0 || slotmigAnyRecord();
 }
 
 /* Bound to the target, not to nobody: a slot of nobody would bring this node
@@ -541,7 +555,7 @@ void slotmigSourceBeforeSleep(void) {
             if (conn) {
                 s->stream = slotmigLinkCreate(conn,job,sourceFrame,sourceClosed);
                 slotmigLinkSendLine(s->stream,sdsdup(line));
-                if (job->control.version || job->control.held || job->control.rate) slotmigSendControl(job);
+                if (job->control.version || job->control.held || job->control.rate || job->control.wait_replicas != -1) slotmigSendControl(job);
             }
         }
         if (s->snapshot_client && (s->snapshot = takeConnection(&s->snapshot_client)) != NULL) {
@@ -789,6 +803,41 @@ static void fenceDown(slotMigJob *job) {
     unblockPostponedClients();
 }
 
+/* nodes.conf with the record is on the disk. */
+static void recordedDurably(uint64_t unused, void *ptr) {
+    UNUSED(unused);
+    sds id = ptr;
+    slotMigJob *job = slotmigFindJob(id);
+    sdsfree(id);
+    if (job && job->src && job->src->recorded == 1) job->src->recorded = 2;
+    slotmigJobsSoon();
+}
+
+/* That a hand-off is near. 0: not everybody who must knows it yet, with the reason. */
+static int handoffIsTold(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    if (s->recorded == 0) {
+        s->recorded = 1;
+        slotmigRecordPut(job->id,job->peer,&job->slots);
+        clusterSaveConfigOrDie(0);
+        slotmigConfigToDisk(job->id,recordedDurably);
+        slotmigRelayHandoff(job);
+    }
+    if (s->recorded == 1) {
+        slotmigSetReason(job,"the record of the hand-off goes to the disk");
+        return 0;
+    }
+    sds who = slotmigNotTold(job,RELAY_HANDOFF,0);
+    if (who == NULL) return 1;
+    slotmigSetReason(job,"replica %s has not confirmed that a hand-off is near",who);
+    sdsfree(who);
+    if (mstime() - s->told_again >= TELL_PERIOD) {      /* it may have come anew */
+        s->told_again = mstime();
+        slotmigRelayHandoff(job);
+    }
+    return 0;
+}
+
 /* Give up this attempt, not the job. */
 static void discardAttempt(slotMigJob *job, const char *text) {
     sds why = sdsnew(text);     /* may be the job's own */
@@ -844,6 +893,13 @@ static void tryFence(slotMigJob *job) {
         return;
     }
     if (isInsideYieldingLongCommand() || server.in_exec) return;
+    if (!handoffIsTold(job)) return;
+    sds why;
+    if (!slotmigFresh(&why)) {
+        slotmigSetReason(job,"%s",why);
+        sdsfree(why);
+        return;
+    }
     endPace(job);
     fenceUp(job);
 }
@@ -976,6 +1032,16 @@ static void prepared(slotMigJob *job, frameReader *r) {
         slotmigFail(job,SLOTMIG_FAILED,error);
         return;
     }
+    sds who = slotmigNotTold(job,RELAY_HANDOFF,0), why = NULL;
+    if (who) why = sdscatprintf(sdsempty(),"replica %s does not know of the hand-off",who);
+    else if (server.cluster->mf_end) why = sdsnew("a manual failover has begun");
+    else slotmigFresh(&why);
+    sdsfree(who);
+    if (why) {
+        discardAttempt(job,why);
+        sdsfree(why);
+        return;
+    }
     job->epoch = epoch;
     if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
     commit(job);
@@ -998,25 +1064,25 @@ static void releasePrepared(slotMigJob *job) {
 static slotSet given;
 
 sds slotmigSaveVars(sds conf) {
-    if (given.count == 0) return conf;
-    sds ranges = sdsmapchars(slotSetToString(&given)," ",",",1);
+    if (given.count == 0 && !slotmigAnyRecord()) return conf;
     sdsIncrLen(conf,-1);    /* behind upstream's variables, on the same line */
-    conf = sdscatfmt(conf," slotmig-given %S\n",ranges);
-    sdsfree(ranges);
-    return conf;
+    if (given.count) {
+        sds ranges = sdsmapchars(slotSetToString(&given)," ",",",1);
+        conf = sdscatfmt(conf," slotmig-given %S",ranges);
+        sdsfree(ranges);
+    }
+    conf = slotmigSaveRecords(conf);
+    return sdscatlen(conf,"\n",1);
 }
 
 int slotmigLoadVar(const char *name, const char *value) {
-    if (strcasecmp(name,"slotmig-given")) return 0;
-    const char *p = value;
-    while (*p) {
-        char *end;
-        long first = strtol(p,&end,10), last = first;
-        if (*end == '-') last = strtol(end+1,&end,10);
-        if (end == p || first < 0 || last >= CLUSTER_SLOTS || (*end && *end != ',')) break;
-        for (long j = first; j <= last; j++) slotSetAdd(&given,j);
-        p = *end ? end+1 : end;
+    if (!strcasecmp(name,"slotmig-handoff")) {
+        slotmigLoadRecord(value);
+        return 1;
     }
+    if (strcasecmp(name,"slotmig-given")) return 0;
+    if (!slotmigParseRanges(value,&given))
+        serverLog(LL_WARNING,"nodes.conf: slotmig-given is not understood from some place on: %.100s",value);
     return 1;
 }
 
@@ -1026,6 +1092,7 @@ void slotmigSlotIsOurs(int slot) {
 
 int slotmigDropsGivenSlot(int slot) {
     clusterNode *owner = server.cluster->slots[slot];
+    if (slotmigRecordCovers(slot)) return 1;    /* not known yet whose they are */
     if (!slotSetHas(&given,slot) || owner == NULL || owner == server.cluster->myself) return 0;
     slotMigLimbo *limbo = slotmigLimboCreate();
     unsigned long long keys = slotmigLimboTake(limbo,slot);
@@ -1037,9 +1104,8 @@ int slotmigDropsGivenSlot(int slot) {
 
 /* ---- COMMITTED ---- */
 
-/* This node's data changed other than by commands: whoever copies it must take
- * a new copy. Cannot happen before replicas and the AOF are part of a job, but
- * one may have come while the hand-off was on its way. */
+/* This node's data changed other than by commands, and not all who copy it were told:
+ * they must take a new copy. */
 void slotmigDatasetChanged(void) {
     if (listLength(server.slaves)) {
         changeReplicationId();
@@ -1053,7 +1119,7 @@ void slotmigDatasetChanged(void) {
 static void handOffDone(slotMigJob *job, uint64_t epoch) {
     clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
     slotMigWork was = slotmigWork(WORK_handover);
-    serverAssert(job->state == SLOTMIG_COMMITTED);
+    serverAssert(job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED);
     slotmigDialCancel(job->src->ask);
     job->src->ask = NULL;
     job->epoch = epoch;
@@ -1075,6 +1141,9 @@ static void handOffDone(slotMigJob *job, uint64_t epoch) {
         clusterSaveConfigOrDie(0);
         clusterDoBeforeSleep(CLUSTER_TODO_UPDATE_STATE);
     }
+    slotmigRelayTrim(job);
+    slotmigRecordDrop(job->id);
+    job->src->recorded = 0;
     slotmigSetState(job,SLOTMIG_TRIMMING,NULL);
     if (job->src->stream) {
         slotmigLinkFree(job->src->stream);
@@ -1089,12 +1158,12 @@ static void handOffDone(slotMigJob *job, uint64_t epoch) {
  * the commit only two words of the target end a job: TAKEN, and this. */
 static void takeBack(slotMigJob *job, const char *why) {
     clusterNode *myself = server.cluster->myself;
-    serverAssert(job->state == SLOTMIG_COMMITTED);
+    serverAssert(job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED);
     slotSetChange(&closed,&job->slots,0);
     if (clusterNodeIsMaster(myself)) {
         for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
             clusterNode *owner = server.cluster->slots[j];
-            if (owner == myself || (owner && strncmp(owner->name,job->peer,CLUSTER_NAMELEN))) continue;
+            if (owner == myself || (owner && !slotmigSameLineage(owner,job->peer))) continue;
             if (owner) clusterDelSlot(j);
             clusterAddSlot(myself,j);
         }
@@ -1115,6 +1184,18 @@ static void takeBack(slotMigJob *job, const char *why) {
     unblockPostponedClients();
 }
 
+/* This node came to be the master of slots that may have been handed over. Until it
+ * knows, it serves none of them, and claims them, so that nobody else does. */
+void slotmigSourceInherit(const char *id, const char *target, const slotSet *slots, const char *how) {
+    slotMigJob *job = slotmigCreateJob(SLOTMIG_SOURCE,id,slots,target);
+    job->src = zcalloc(sizeof(*job->src));
+    job->src->recorded = 2;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
+        job->keys_total += kvstoreDictSize(server.db[0].keys,j);
+    slotSetChange(&closed,&job->slots,1);
+    slotmigSetState(job,SLOTMIG_INHERITED,how);
+}
+
 /* For an operator who knows that the target will never take the slots. */
 void slotmigSourceForce(slotMigJob *job) {
     takeBack(job,"taken back by force");
@@ -1122,7 +1203,8 @@ void slotmigSourceForce(slotMigJob *job) {
 
 static void askDone(connection *conn, const char *line, const char *error, void *arg) {
     slotMigJob *job = arg;
-    unsigned long long epoch;
+    unsigned long long epoch, attempt;
+    int n;
     job->src->ask = NULL;
     job->src->next_ask = mstime()+ASK_PERIOD;
     if (conn) connClose(conn);
@@ -1131,37 +1213,50 @@ static void askDone(connection *conn, const char *line, const char *error, void 
         if (error == NULL && !strncmp(line,"+DISCARDED",10))
             slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target gave up:%s",line+10));
     }
-    else if (job->state != SLOTMIG_COMMITTED) return;   /* its own word came first */
-    else if (error) slotmigSetReason(job,"committed; asking the target whether it took over: %s",error);
-    else if (sscanf(line,"+TAKEN %llu",&epoch) == 1) handOffDone(job,epoch);
-    else if (!strncmp(line,"+DISCARDED",10)) takeBack(job,"it had lost the job");
+    else if (job->state != SLOTMIG_COMMITTED && job->state != SLOTMIG_INHERITED) return;   /* its own word came first */
+    else if (error) slotmigSetReason(job,"%s; asking the target whether it took over: %s",slotmig_state_names[job->state],error);
+    else if ((n = sscanf(line,"+TAKEN %llu %llu",&epoch,&attempt)) >= 1) {
+        if (n == 2) job->attempt = attempt;
+        memcpy(job->peer,job->src->asked,sizeof(job->peer));    /* it may have replaced the target */
+        handOffDone(job,epoch);
+    }
+    else if (!strncmp(line,"+DISCARDED",10)) {
+        sds why;
+        if (slotmigFresh(&why)) takeBack(job,job->state == SLOTMIG_INHERITED ? "it was discarded" : "it had lost the job");
+        else slotmigSetReason(job,"%s; the target discarded it, but %s",slotmig_state_names[job->state],why);
+        sdsfree(why);
+    }
+    else if (!strncmp(line,"+PENDING",8)) slotmigSetReason(job,"%s; the target cannot say yet whether it took over:%s",
+        slotmig_state_names[job->state],line+8);
     else if (!strncmp(line,"+OWNER",6))
-        slotmigSetReason(job,"committed; the target was restarted, owns the slots and has keys in them, while the keys "
+        slotmigSetReason(job,"the target was restarted, owns the slots and has keys in them, while the keys "
             "here were not handed over for certain: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE takes the slots back",job->id);
     else if (!strncmp(line,"+MOVED-ON",9))
-        slotmigSetReason(job,"committed; the slots have another owner by now: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE "
+        slotmigSetReason(job,"the slots have another owner by now: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE "
             "ends this migration",job->id);
-    else slotmigSetReason(job,"committed; the target has not taken over yet");
+    else slotmigSetReason(job,"%s; the target answers what is not understood: %s",slotmig_state_names[job->state],line);
 }
 
 static void askTarget(slotMigJob *job) {
-    clusterNode *target = slotmigPeer(job);
+    clusterNode *target = slotmigLineageMaster(job->peer);
     if (job->src->ask || mstime() < job->src->next_ask) return;
-    if (mstime() - job->state_since < (job->src->stream || slotmigCancellable(job) ? ASK_ANYWAY : 0)) return;
+    if (job->state != SLOTMIG_INHERITED && mstime() - job->state_since < (job->src->stream || slotmigCancellable(job) ? ASK_ANYWAY : 0)) return;
     if (target == NULL) {
-        slotmigSetReason(job,"committed; the target was forgotten: CLUSTER MEET it again");
+        slotmigSetReason(job,"%s; the target was forgotten: CLUSTER MEET it again",slotmig_state_names[job->state]);
         return;
     }
+    memcpy(job->src->asked,target->name,CLUSTER_NAMELEN);
     job->src->ask = slotmigAsk(job,target,askDone);
 }
 
 sds slotmigSourceAnswer(slotMigJob *job) {
     if (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_TRIMMING || job->state == SLOTMIG_DONE)
         return sdscatfmt(sdsempty(),"COMMITTED %U",job->attempt);
+    if (job->state == SLOTMIG_INHERITED) return sdsnew("PENDING");
     /* The asker holds an attempt that we have not committed, and drops it on this
      * answer: so it must never be committed. */
     if (slotmigCancellable(job)) slotmigFail(job,SLOTMIG_FAILED,sdsnew("the target lost its link in the middle of the hand-off"));
-    return sdsnew("DISCARDED");
+    return sdsnew(slotmigHasRecord(job->id) ? "PENDING" : "DISCARDED");
 }
 
 /* ---- TRIMMING ---- */
@@ -1181,7 +1276,10 @@ static void trimStep(slotMigJob *job) {
         if (++n % TRIM_CHECK == 0 && getMonotonicUs() >= until) return;
     }
     if (!slotmigLimboStep(s->limbo,until)) return;
-    slotmigDatasetChanged();
+    sds cannot = slotmigCheckReplicas();
+    if (cannot) slotmigDatasetChanged();
+    else if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
+    sdsfree(cannot);
     clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
     slotmigEndJob(job,SLOTMIG_DONE,NULL);
     /* As upstream does on seeing the claim of a node's last slot. */
@@ -1233,7 +1331,13 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
         const char *why = frameGetBytes(r,len);
         if (r->bad || job->state != SLOTMIG_COMMITTED || n != job->attempt) return;
         sds text = sdsnewlen(why,len);
-        takeBack(job,text);
+        if (slotmigFresh(NULL)) {
+            takeBack(job,text);
+        } else {        /* ask, when it is */
+            slotmigLinkFree(job->src->stream);
+            job->src->stream = NULL;
+            slotmigSetReason(job,"committed; the target did not take over: %s",text);
+        }
         sdsfree(text);
         break;
     }
@@ -1335,6 +1439,8 @@ void slotmigSourceStep(slotMigJob *job) {
             discardAttempt(job,"the target was not prepared within cluster-slot-migration-write-pause-timeout");
         else if (job->control.held || job->control.paused)
             discardAttempt(job,HELD_BACK);
+        else if (server.cluster->mf_end)
+            discardAttempt(job,"a manual failover has begun");
         else if (!s->cut && mstime() - job->state_since > MODULE_WAIT) {
             s->module_waited = 1;
             discardAttempt(job,job->reason);
@@ -1349,7 +1455,9 @@ void slotmigSourceStep(slotMigJob *job) {
             discardAttempt(job,"the target fell silent during the hand-off");
         break;
     case SLOTMIG_COMMITTED:
-        askTarget(job);
+    case SLOTMIG_INHERITED:
+        if (clusterNodeIsMaster(server.cluster->myself)) askTarget(job);
+        else slotmigFail(job,SLOTMIG_FAILED,sdsnew("this node was replaced by its replica, which asks the target"));
         break;
     case SLOTMIG_TRIMMING: {
         slotMigWork was = slotmigWork(WORK_trim);
@@ -1376,6 +1484,10 @@ void slotmigSourceFree(slotMigJob *job) {
         int first = slotSetNext(&job->slots,0);
         if (slotSetHas(&fenced,first)) fenceDown(job);
         if (slotSetHas(&closed,first)) slotSetChange(&closed,&job->slots,0);
+    }
+    if (s->recorded && clusterNodeIsMaster(server.cluster->myself)) {    /* a replica hears the end from its master */
+        slotmigRecordDrop(job->id);
+        slotmigRelayEnd(job);
     }
     if (s->offer) {
         slotmigDialCancel(s->offer);

@@ -41,7 +41,7 @@
 #include "slotmig_job.h"
 #include "bio.h"
 #include <fcntl.h>
-#include <libgen.h>
+#include <sys/socket.h>
 
 #define ACK_PERIOD 50               /* ms between two words about progress, while the snapshot is loaded */
 #define ACK_PERIOD_SHORT 5          /* then: by them the source knows when to hand off */
@@ -51,6 +51,10 @@
 #define PREPARED_SLOT 18            /* bytes of a slot in PREPARED */
 #define REGISTER_CHECK 16           /* hashes registered between two looks at the clock */
 #define CHECK_PERIOD 10             /* ms between two looks at what must hold */
+#define ECHO_PERIOD 100             /* ms between two requests for the masters' epochs */
+#define RELAY_CHUNK (32*1024)       /* bytes of the snapshot in one word to the replicas */
+#define PREPARE_GRACE 50            /* ms for replicas beyond those that must be prepared */
+#define DEFEND_TIMEOUTS 4           /* node timeouts for which a taken slot is defended */
 
 int slotmig_applying;
 
@@ -82,6 +86,20 @@ struct slotMigTarget {
     slotMigDial *ask;
     int ask_anyway;                 /* although the link seems alive: the source asked */
     mstime_t next_ask;
+    int durable;                    /* TAKEN: nodes.conf is on the disk */
+    mstime_t pinged;                /* the masters, for the echo of the reserved epoch */
+    /* With replicas, as their master */
+    int relaying;
+    list *to_relay;                 /* sds, of the snapshot */
+    size_t relayed_of_first;
+    uint64_t prepare_told;          /* attempt that the replicas were told */
+    mstime_t told_at;
+    /* As a replica */
+    int relayed;
+    int pipe;                       /* to the loader, -1: none */
+    list *pipe_out;                 /* sds */
+    size_t piped_of_first;
+    unsigned long long piped;       /* bytes the loader got */
 };
 
 /* As it arrived: it takes hardly more memory than it did on the wire. */
@@ -147,6 +165,21 @@ static sds checkMemory(unsigned long long more) {
 
 static void startDials(slotMigJob *job);
 
+static void makeTarget(slotMigJob *job, slotMigShadow *shadow) {
+    slotMigTarget *t = job->tgt = zcalloc(sizeof(*t));
+    t->shadow = shadow;
+    t->flush_offset = -1;
+    t->queues = zcalloc(sizeof(*t->queues)*CLUSTER_SLOTS);
+    t->applier = createClient(NULL);
+    t->applier->flags |= CLIENT_DENY_BLOCKING;
+    t->applier->user = NULL;        /* no ACL, as for a master's link */
+    t->to_relay = listCreate();
+    t->pipe_out = listCreate();
+    listSetFreeMethod(t->to_relay,sdsfreegeneric);
+    listSetFreeMethod(t->pipe_out,sdsfreegeneric);
+    t->pipe = -1;
+}
+
 /* NULL: the job is accepted and made; else why not. */
 sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
                        unsigned long long keys, unsigned long long bytes, unsigned long long memory)
@@ -167,14 +200,8 @@ sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
     if (shadow == NULL) return sdsnew("it takes part in as many migrations as it can: try again later");
 
     slotMigJob *job = slotmigCreateJob(SLOTMIG_TARGET,id,slots,source);
-    slotMigTarget *t = job->tgt = zcalloc(sizeof(*t));
-    t->shadow = shadow;
-    t->flush_offset = -1;
-    t->queues = zcalloc(sizeof(*t->queues)*CLUSTER_SLOTS);
-    t->want_memory = memory;
-    t->applier = createClient(NULL);
-    t->applier->flags |= CLIENT_DENY_BLOCKING;
-    t->applier->user = NULL;        /* no ACL, as for a master's link */
+    makeTarget(job,shadow);
+    job->tgt->want_memory = memory;
     job->keys_total = keys;
     job->bytes_total = bytes;
     startDials(job);
@@ -539,6 +566,43 @@ static int registerStep(slotMigJob *job, monotime until) {
     return 1;
 }
 
+/* What the loader read goes to the replicas, too. */
+static void takeTeed(slotMigTarget *t) {
+    sds bytes = t->loader && t->relaying ? slotmigLoaderTeed(t->loader) : NULL;
+    if (bytes) listAddNodeTail(t->to_relay,bytes);
+}
+
+static void relaySnapshot(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    if (!t->relaying) return;
+    if (listLength(t->to_relay) == 0) takeTeed(t);      /* else the loader waits */
+    size_t room = slotmigRelayRoom(job);
+    listNode *ln;
+    while (room && (ln = listFirst(t->to_relay)) != NULL) {
+        sds bytes = listNodeValue(ln);
+        size_t n = sdslen(bytes) - t->relayed_of_first;
+        if (n > RELAY_CHUNK) n = RELAY_CHUNK;
+        slotmigRelayBytes(job,RELAY_DATA,bytes+t->relayed_of_first,n);
+        room = room > n ? room-n : 0;
+        if ((t->relayed_of_first += n) < sdslen(bytes)) continue;
+        listDelNode(t->to_relay,ln);
+        t->relayed_of_first = 0;
+    }
+}
+
+/* Above everything that this node and the source know of; remembered by nodes.conf
+ * so that it is never reserved twice. The masters are asked for an answer, which
+ * shows that they know of it: then no election can come to win with a lower one. */
+static void reserveEpoch(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    uint64_t current = server.cluster->currentEpoch;
+    job->epoch = (current > t->cut_current ? current : t->cut_current)+1;
+    server.cluster->currentEpoch = job->epoch;
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+    t->pinged = mstime();
+    slotmigPingMasters();
+}
+
 /* Take finished sections from the loader, in a slice. C_ERR: the job is over. */
 static int takeSections(slotMigJob *job, monotime until) {
     slotMigTarget *t = job->tgt;
@@ -582,10 +646,12 @@ static int takeSections(slotMigJob *job, monotime until) {
             if (!slotSetHas(&t->ready,j)) slotBecameReady(job,j,t->snapshot_point);
         t->all_ready = 1;
         job->bytes_total = job->bytes_done;
+        takeTeed(t);
         slotmigLoaderFree(t->loader);
         t->loader = NULL;
         if (job->state == SLOTMIG_LOADING) slotmigSetState(job,SLOTMIG_FOLLOWING,NULL);
         t->last_ack = 0;    /* tell at once */
+        if (!t->relayed) reserveEpoch(job);     /* before the fence, not behind it */
     }
     return C_OK;
 }
@@ -603,14 +669,14 @@ static void startLoaderThread(slotMigJob *job) {
         failTarget(job,sdsnew("fail point target_before_load"));
         return;
     }
-    t->loader = slotmigLoaderStart(t->snapshot,&job->slots,loaderWake,job);
+    t->loader = slotmigLoaderStart(t->snapshot,&job->slots,t->relayed,t->relaying,loaderWake,job);
     if (t->loader == NULL) {
         failTarget(job,sdsnew("cannot start the loader's thread: the node is out of threads or descriptors"));
         return;
     }
     t->snapshot = NULL;
     slotmigLoaderPace(t->loader,job->control.rate,job->control.paused);
-    slotmigSetState(job,SLOTMIG_LOADING,NULL);
+    if (job->state == SLOTMIG_CONNECTING) slotmigSetState(job,SLOTMIG_LOADING,NULL);
 }
 
 static void gotSnapshot(slotMigJob *job, frameReader *r) {
@@ -625,6 +691,10 @@ static void gotSnapshot(slotMigJob *job, frameReader *r) {
     job->started = mstime();
     t->announced = 1;
     t->snapshot_point = point;
+    if (slotmigHasReplicas()) {
+        t->relaying = 1;
+        slotmigRelayBegin(job,point);
+    }
 }
 
 /* ---- PREPARING, PREPARED ---- */
@@ -642,6 +712,7 @@ static void gotCut(slotMigJob *job, frameReader *r) {
     t->cut_offset = offset;
     t->cut_epoch = epoch;
     t->cut_current = current;
+    if (job->epoch <= epoch || job->epoch < current) reserveEpoch(job);
     slotmigSetState(job,SLOTMIG_PREPARING,NULL);
     slotmigJobStep(job);
 }
@@ -650,8 +721,60 @@ static void gotDiscard(slotMigJob *job, frameReader *r) {
     uint64_t n = frameGetInt(r,8);
     if (r->bad || n != job->tgt->cut_n) return;
     if (job->state != SLOTMIG_PREPARING && job->state != SLOTMIG_PREPARED) return;
+    if (job->tgt->prepare_told == n) slotmigRelayAttempt(job,RELAY_DISCARD,n,0,0);
     slotmigSetState(job,SLOTMIG_FOLLOWING,"the source discarded the attempt");
     unblockPostponedClients();
+}
+
+/* Replicas that must have the slots before they are ours. */
+static int wantedReplicas(const slotMigJob *job) {
+    long long want = job->control.wait_replicas == -1 ? slotmig_config.wait_replicas : job->control.wait_replicas;
+    return want < server.cluster->myself->numslaves ? want : server.cluster->myself->numslaves;
+}
+
+/* Everything is applied here. Do those agree who must, before this node is bound?
+ * 0: not yet, with the reason; or the job is over. */
+static int isAgreed(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    sds why;
+    int want = wantedReplicas(job), told;
+    if (t->relaying) {
+        relaySnapshot(job);
+        if (listLength(t->to_relay)) {
+            slotmigSetReason(job,"the snapshot is on its way to the replicas");
+            return 0;
+        }
+        if (t->prepare_told != t->cut_n) {
+            t->prepare_told = t->cut_n;
+            t->told_at = mstime();
+            slotmigRelayAttempt(job,RELAY_PREPARED,t->cut_n,job->epoch,t->cut_epoch);
+        }
+    }
+    told = t->relaying ? slotmigToldCount(job,RELAY_PREPARED,t->cut_n) : 0;
+    if (told < want) {
+        if (!t->relaying || slotmigLostCount(job) > server.cluster->myself->numslaves - want)
+            failTarget(job,sdsnew("a replica of the target came, or was synchronized anew, in the middle: start the migration again"));
+        else
+            slotmigSetReason(job,"%d of %d replicas have the slots: it needs %d (cluster-slot-migration-wait-replicas)",
+                told,server.cluster->myself->numslaves,want);
+        return 0;
+    }
+    /* One that would not be prepared at the take-over would have to copy everything anew. */
+    if (t->relaying && mstime() - t->told_at < PREPARE_GRACE && slotmigBehind(job,RELAY_PREPARED,t->cut_n)) return 0;
+    if (!slotmigEpochEchoed(job->epoch)) {
+        if (mstime() - t->pinged >= ECHO_PERIOD) {
+            t->pinged = mstime();
+            slotmigPingMasters();
+        }
+        slotmigSetReason(job,"a majority of the masters has not confirmed epoch %llu yet",(unsigned long long)job->epoch);
+        return 0;
+    }
+    if (!slotmigFresh(&why)) {
+        slotmigSetReason(job,"%s",why);
+        sdsfree(why);
+        return 0;
+    }
+    return 1;
 }
 
 static void tryPrepare(slotMigJob *job) {
@@ -669,12 +792,7 @@ static void tryPrepare(slotMigJob *job) {
         failTarget(job,error);
         return;
     }
-    /* Reserved: above everything that either node knows of, and remembered by
-     * nodes.conf so that it is never reserved twice. */
-    uint64_t current = server.cluster->currentEpoch;
-    job->epoch = (current > t->cut_current ? current : t->cut_current)+1;
-    server.cluster->currentEpoch = job->epoch;
-    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+    if (!isAgreed(job)) return;
 
     uint32_t slots = 0;
     sds f = slotmigFrameStart(FRAME_PREPARED);
@@ -732,10 +850,30 @@ static sds cannotTake(slotMigJob *job) {
         if (slotHasLeftovers(j)) return sdscatprintf(sdsempty(),"slot %d got keys at the target meanwhile",j);
         if (owner == myself || owner == NULL) continue;
         if (owner == source && bitmapTestBit(server.cluster->owner_not_claiming_slot,j)) continue;
-        if (owner != source || owner->configEpoch >= job->epoch)
+        if (!slotmigSameLineage(owner,job->peer) || owner->configEpoch >= job->epoch)
             return sdscatprintf(sdsempty(),"slot %d belongs to node %.40s by a later decision",j,owner->name);
     }
     return NULL;
+}
+
+/* The source may let its copy go when nodes.conf is on the disk and as many replicas
+ * as are wanted have the slots. */
+static void tryTaken(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    int want = wantedReplicas(job), told = want ? slotmigToldCount(job,RELAY_TAKEOVER,t->cut_n) : 0;
+    if (!t->durable) return;
+    if (told < want) {
+        slotmigSetReason(job,"%d of %d replicas have taken the slots over: it needs %d before the source lets its copy go "
+            "(cluster-slot-migration-wait-replicas)",told,server.cluster->myself->numslaves,want);
+        return;
+    }
+    if (slotmigFailPoint(FP_target_after_takeover) != FAILPOINT_FAIL && t->stream) {
+        sds f = slotmigFrameStart(FRAME_TAKEN);
+        f = slotmigFrameInt(f,t->cut_n,8);
+        f = slotmigFrameInt(f,job->epoch,8);
+        slotmigLinkSend(t->stream,f);
+    }
+    slotmigEndJob(job,SLOTMIG_DONE,NULL);
 }
 
 /* nodes.conf with the new slots is on the disk. */
@@ -745,26 +883,94 @@ static void takenDurably(uint64_t unused, void *ptr) {
     slotMigJob *job = slotmigFindJob(id);
     sdsfree(id);
     if (job == NULL || job->state != SLOTMIG_TAKEN) return;     /* CLUSTER RESET meanwhile */
-    if (slotmigFailPoint(FP_target_after_takeover) != FAILPOINT_FAIL && job->tgt->stream) {
-        sds f = slotmigFrameStart(FRAME_TAKEN);
-        f = slotmigFrameInt(f,job->tgt->cut_n,8);
-        f = slotmigFrameInt(f,job->epoch,8);
-        slotmigLinkSend(job->tgt->stream,f);
-    }
-    slotmigEndJob(job,SLOTMIG_DONE,NULL);
+    job->tgt->durable = 1;
+    tryTaken(job);
 }
 
-/* Bring nodes.conf, just written, to the disk without the main thread waiting
- * for it, then call takenDurably(). */
-static void makeTakenDurable(slotMigJob *job) {
-    char path[PATH_MAX];
-    snprintf(path,sizeof(path),"%s",server.cluster_configfile);
-    int file = open(path,O_RDONLY), dir = open(dirname(path),O_RDONLY|O_DIRECTORY);
-    if (file == -1 || dir == -1) clusterSaveConfigOrDie(1);     /* then here */
-    if (file != -1) bioCreateCloseJob(file,1,0);
-    if (dir != -1) bioCreateCloseJob(dir,1,0);
-    bioCreateCompRq(BIO_WORKER_CLOSE_FILE,takenDurably,0,sdsnew(job->id));
+/* ---- defence ---- */
+
+/* A replica of the source may have been elected, with a higher epoch and the slots
+ * among its claims, before the voters saw ours. It serves none of them, asks and
+ * learns that they were taken; but its claim must not take slots and keys from here
+ * meanwhile. So for some node timeouts after a take-over such a claim is answered
+ * with a higher epoch. Not by a node that is not fresh: that one only keeps the keys.
+ * Whoever sets one of the slots by command ends it for that slot. */
+typedef struct defendedSlots { slotSet slots; char source[CLUSTER_NAMELEN+1]; mstime_t until; } defendedSlots;
+static list *defended;
+static int raise_epoch;
+
+static void defendSlots(slotMigJob *job) {
+    if (slotmigShardMates(job->peer) == 0) return;      /* nobody who could be elected */
+    defendedSlots *d = zmalloc(sizeof(*d));
+    d->slots = job->slots;
+    memcpy(d->source,job->peer,sizeof(d->source));
+    d->until = mstime() + DEFEND_TIMEOUTS*server.cluster_node_timeout;
+    if (defended == NULL) {
+        defended = listCreate();
+        listSetFreeMethod(defended,zfree);
+    }
+    listAddNodeTail(defended,d);
 }
+
+static defendedSlots *findDefended(int slot) {
+    listIter li;
+    listNode *ln;
+    if (defended == NULL) return NULL;
+    listRewind(defended,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        defendedSlots *d = listNodeValue(ln);
+        if (mstime() > d->until) listDelNode(defended,ln);
+        else if (slotSetHas(&d->slots,slot)) return d;
+    }
+    return NULL;
+}
+
+int slotmigSlotIsDefended(int slot) {
+    return findDefended(slot) != NULL;
+}
+
+void slotmigUndefendSlot(int slot) {
+    defendedSlots *d;
+    while ((d = findDefended(slot)) != NULL) slotSetRemove(&d->slots,slot);
+}
+
+int slotmigDefends(int slot, clusterNode *claimant, uint64_t epoch) {
+    if (__builtin_expect(defended == NULL,1) || server.cluster->slots[slot] != server.cluster->myself) return 0;
+    defendedSlots *d = findDefended(slot);
+    if (d == NULL || !slotmigSameLineage(claimant,d->source) || !slotmigFresh(NULL)) return 0;
+    if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
+    if (!raise_epoch) serverLog(LL_NOTICE,"Node %.40s claims slot %d, which this node took over: claimed again with a higher epoch",
+        claimant->name,slot);
+    raise_epoch = 1;
+    return 1;
+}
+
+/* At the end of the turn: one new epoch for all. */
+void slotmigRaiseEpoch(void) {
+    clusterNode *myself = server.cluster->myself;
+    if (!raise_epoch) return;
+    raise_epoch = 0;
+    if (!clusterNodeIsMaster(myself)) return;
+    slotmigBeforeEpochRaise();
+    myself->configEpoch = ++server.cluster->currentEpoch;
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_FSYNC_CONFIG|CLUSTER_TODO_UPDATE_STATE);
+    clusterBroadcastPong(0);
+}
+
+/* A node of the source's shard asks, so it may hold a claim above ours: what we took
+ * and lost by it is ours again. */
+static void reclaim(slotMigJob *job) {
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
+        clusterNode *owner = server.cluster->slots[j];
+        if (owner == server.cluster->myself || owner == NULL || !slotmigSlotIsDefended(j)) continue;
+        if (!slotmigSameLineage(owner,job->peer)) continue;
+        clusterDelSlot(j);
+        clusterAddSlot(server.cluster->myself,j);
+        raise_epoch = 1;
+    }
+}
+
+/* ---- taking over ---- */
 
 static void takeOver(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
@@ -796,10 +1002,22 @@ static void takeOver(slotMigJob *job) {
     slotmigDrainSoon();
     clusterUpdateState();
     clusterBroadcastPong(0);        /* to every node: one message with all slots */
-    slotmigDatasetChanged();
+    sds cannot = t->relaying ? slotmigCheckReplicas() : NULL;
+    if (t->relaying && cannot == NULL) {
+        slotmigRelayAttempt(job,RELAY_TAKEOVER,t->cut_n,job->epoch,0);
+        job->takeover_offset = server.master_repl_offset;
+        atomicGet(server.next_client_id,job->takeover_client);
+        if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
+    } else {
+        slotmigDatasetChanged();
+        job->takeover_offset = server.master_repl_offset;
+        atomicGet(server.next_client_id,job->takeover_client);
+    }
+    sdsfree(cannot);
+    defendSlots(job);
     t->holding = 0;
     slotmigSetState(job,SLOTMIG_TAKEN,"the new slot map goes to the disk");
-    makeTakenDurable(job);
+    slotmigConfigToDisk(job->id,takenDurably);
     unblockPostponedClients();
     slotmigWork(was);
 }
@@ -825,6 +1043,7 @@ static void askDone(connection *conn, const char *line, const char *error, void 
     if (job->state != SLOTMIG_PREPARED) return;     /* COMMIT came first */
     if (error) slotmigSetReason(job,"prepared; asking the source whether it committed: %s",error);
     else if (sscanf(line,"+COMMITTED %llu",&n) == 1 && n == job->tgt->cut_n) takeOver(job);
+    else if (!strncmp(line,"+PENDING",8)) slotmigSetReason(job,"prepared; the source's shard does not know yet how the hand-off ended");
     else if (strncmp(line,"+DISCARDED",10)) slotmigSetReason(job,"prepared; the source neither knows this migration "
         "nor serves the slots any more: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE drops the copy here",job->id);
     else {
@@ -833,19 +1052,223 @@ static void askDone(connection *conn, const char *line, const char *error, void 
 }
 
 static void askSource(slotMigJob *job) {
-    clusterNode *source = slotmigPeer(job);
+    clusterNode *source = slotmigLineageMaster(job->peer);
     if ((job->tgt->stream && !job->tgt->ask_anyway) || job->tgt->ask || mstime() < job->tgt->next_ask) return;
     if (source == NULL) slotmigSetReason(job,"prepared; the source was forgotten: CLUSTER MEET it again");
     else job->tgt->ask = slotmigAsk(job,source,askDone);
 }
 
-sds slotmigTargetAnswer(slotMigJob *job) {
-    if (job->state == SLOTMIG_DONE) return sdscatfmt(sdsempty(),"TAKEN %U",job->epoch);
-    if (!slotmigEnded(job)) {
+/* To the source's shard. An asker that inherited the hand-off does not know whether
+ * it was committed: what is not taken yet is discarded, and stays so. NULL: by the
+ * slot map. */
+sds slotmigTargetAnswer(slotMigJob *job, const char *asker, int inherited) {
+    sds why;
+    if (!slotmigFresh(&why)) {
+        sds answer = sdscatfmt(sdsempty(),"PENDING %S",why);
+        sdsfree(why);
+        return answer;
+    }
+    if (job->state == SLOTMIG_DONE) {
+        reclaim(job);
+        return sdscatfmt(sdsempty(),"TAKEN %U %U",job->epoch,job->attempt);
+    }
+    if (!slotmigEnded(job) && (!inherited || job->state == SLOTMIG_TAKEN || slotmigIsRelayed(job))) {
         if (job->state == SLOTMIG_PREPARED) job->tgt->ask_anyway = 1;
         return sdsnew("PENDING");
     }
+    if (!slotmigEnded(job))
+        slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the source was restarted or replaced in the middle: node %.40s "
+            "serves the slots",asker));
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
+        if (server.cluster->slots[j] == server.cluster->myself) return NULL;
+    /* A replica that is promoted next must not take what was answered to be discarded. */
+    if (job->relay_seq && (why = slotmigNotTold(job,RELAY_ABORT,0)) != NULL) {
+        sds answer = sdscatfmt(sdsempty(),"PENDING replica %S is to discard it too",why);
+        sdsfree(why);
+        return answer;
+    }
     return sdsmapchars(sdscatfmt(sdsempty(),"DISCARDED %S",job->last_error),"\r\n","  ",2);
+}
+
+/* ---- on a replica ---- */
+
+int slotmigIsRelayed(const slotMigJob *job) {
+    return job->tgt && job->tgt->relayed;
+}
+
+static void pipeWritable(struct aeEventLoop *el, int fd, void *data, int mask) {
+    UNUSED(el); UNUSED(mask);
+    slotMigJob *job = data;
+    slotMigTarget *t = job->tgt;
+    listNode *ln;
+    unsigned long long before = t->piped;
+    while ((ln = listFirst(t->pipe_out)) != NULL) {
+        sds bytes = listNodeValue(ln);
+        ssize_t n = send(fd,bytes+t->piped_of_first,sdslen(bytes)-t->piped_of_first,MSG_NOSIGNAL);
+        if (n == -1 && (errno == EAGAIN || errno == EINTR)) break;
+        if (n == -1) {      /* the loader has ended: it says why, or has all it needs */
+            listEmpty(t->pipe_out);
+            t->piped = job->relayed;
+            break;
+        }
+        t->piped += n;
+        if ((t->piped_of_first += n) < sdslen(bytes)) continue;
+        listDelNode(t->pipe_out,ln);
+        t->piped_of_first = 0;
+    }
+    if (listLength(t->pipe_out) == 0) aeDeleteFileEvent(server.el,fd,AE_WRITABLE);
+    else if (!(aeGetFileEvents(server.el,fd) & AE_WRITABLE)) aeCreateFileEvent(server.el,fd,AE_WRITABLE,pipeWritable,job);
+    if (t->piped != before) slotmigAnswerMaster(job->id,RELAY_DATA,t->piped,"");
+}
+
+static void closePipe(slotMigTarget *t) {
+    if (t->pipe == -1) return;
+    aeDeleteFileEvent(server.el,t->pipe,AE_WRITABLE);
+    close(t->pipe);
+    t->pipe = -1;
+}
+
+/* NULL: ok. `seq` is that of the master's next word. */
+sds slotmigReplicaBegin(const char *id, const char *source, const slotSet *slots, long long point,
+                        unsigned long long keys, unsigned long long seq)
+{
+    int fds[2];
+    slotMigJob *old = slotmigFindJob(id);
+    if (old && !slotmigEnded(old)) slotmigFail(old,SLOTMIG_FAILED,sdsnew("the master began it anew"));
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        slotMigJob *other = slotmigJobOfSlot(j);    /* whose end this replica missed */
+        if (other) slotmigFail(other,SLOTMIG_FAILED,sdsnew("the master began another migration of its slots"));
+    }
+    slotMigShadow *shadow = slotmigShadowCreate();
+    if (shadow == NULL) return sdsnew("it takes part in as many migrations as it can");
+    if (socketpair(AF_UNIX,SOCK_STREAM,0,fds) == -1) {
+        slotmigShadowDrop(shadow);
+        return sdscatprintf(sdsempty(),"no descriptors: %s",strerror(errno));
+    }
+    slotMigJob *job = slotmigCreateJob(SLOTMIG_TARGET,id,slots,source);
+    makeTarget(job,shadow);
+    slotMigTarget *t = job->tgt;
+    t->relayed = 1;
+    t->pipe = fds[0];
+    anetNonBlock(NULL,fds[0]);
+    anetNonBlock(NULL,fds[1]);
+    anetCloexec(fds[0]);
+    anetCloexec(fds[1]);
+    t->snapshot = connCreate(server.el,connectionTypeTcp());
+    t->snapshot->fd = fds[1];
+    t->snapshot->state = CONN_STATE_CONNECTED;
+    t->announced = 1;
+    t->snapshot_point = point;
+    job->keys_total = keys;
+    job->started = mstime();
+    job->relay_seq = seq;
+    slotmigSetReason(job,"as the master moves the slots");
+    slotmigJobsSoon();
+    return NULL;
+}
+
+void slotmigReplicaData(slotMigJob *job, const char *p, size_t len) {
+    slotMigTarget *t = job->tgt;
+    job->relayed += len;
+    if (t->pipe == -1) {
+        slotmigAnswerMaster(job->id,RELAY_DATA,job->relayed,"");
+        return;
+    }
+    listAddNodeTail(t->pipe_out,sdsnewlen(p,len));
+    if (listLength(t->pipe_out) == 1) pipeWritable(NULL,t->pipe,job,0);
+}
+
+void slotmigReplicaOps(slotMigJob *job, const char *p, size_t len) {
+    frameReader r = { (const unsigned char*)p, (const unsigned char*)p+len, 0 };
+    job->tgt->ops_bytes += len+FRAME_HEADER;
+    gotOps(job,&r);
+    if (r.bad && !slotmigEnded(job)) failTarget(job,sdsnew("the master sent something that is not understood"));
+}
+
+void slotmigReplicaPrepare(slotMigJob *job, uint64_t n, uint64_t epoch, uint64_t source_epoch) {
+    slotMigTarget *t = job->tgt;
+    t->cut_n = job->attempt = n;
+    t->cut_epoch = source_epoch;
+    job->epoch = epoch;
+    if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
+    slotmigSetState(job,SLOTMIG_PREPARING,NULL);
+    slotmigJobsSoon();
+}
+
+void slotmigReplicaDiscard(slotMigJob *job, uint64_t n) {
+    if (n != job->tgt->cut_n) return;
+    slotmigSetState(job,job->tgt->all_ready ? SLOTMIG_FOLLOWING : SLOTMIG_LOADING,"the source discarded the attempt");
+}
+
+int slotmigReplicaTakeOver(slotMigJob *job, uint64_t n, uint64_t epoch) {
+    slotMigTarget *t = job->tgt;
+    clusterNode *master = server.cluster->myself->slaveof;
+    if (job->state != SLOTMIG_PREPARED || n != t->cut_n || master == NULL ||
+        slotmigFailPoint(FP_target_replica_takeover) == FAILPOINT_FAIL)
+    {
+        slotmigFail(job,SLOTMIG_FAILED,sdsnew("the master took over before this replica was prepared"));
+        return 0;
+    }
+    slotMigWork was = slotmigWork(WORK_takeover);
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
+        if (server.cluster->slots[j]) clusterDelSlot(j);
+        clusterAddSlot(master,j);
+    }
+    if (master->configEpoch < epoch) master->configEpoch = epoch;
+    if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE);
+    slotmigShadowMerge(t->shadow);
+    t->shadow = NULL;
+    slotmigDrainSoon();
+    if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
+    job->epoch = epoch;
+    slotmigEndJob(job,SLOTMIG_DONE,NULL);
+    slotmigWork(was);
+    return 1;
+}
+
+/* This replica is the master now, and may own the slots by its map. */
+void slotmigTargetPromoted(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    clusterNode *myself = server.cluster->myself;
+    int mine = 0;
+    if (!t->relayed) return;
+    closePipe(t);
+    t->relayed = 0;
+    t->relaying = 1;
+    if (job->state != SLOTMIG_PREPARED) {
+        slotmigFail(job,SLOTMIG_FAILED,sdsnew("the target was replaced by its replica in the middle: start the migration again"));
+        return;
+    }
+    if (job->epoch < myself->configEpoch) job->epoch = myself->configEpoch;
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
+        if (server.cluster->slots[j] == myself) mine++;
+    if (mine == job->slots.count) takeOver(job);    /* its shard took them: never an owner without the keys */
+    else slotmigSetReason(job,"prepared; this node replaced the target and asks the source");
+}
+
+static void stepOfReplica(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    monotime until = slotmigSliceEnd();
+    sds error;
+    if (job->state == SLOTMIG_PREPARED) return;
+    startLoaderThread(job);
+    if (slotmigEnded(job)) return;
+    slotMigWork was = slotmigWork(WORK_attach);
+    int res = takeSections(job,until);
+    slotmigWork(was);
+    if (res == C_ERR) return;
+    if (t->all_ready && t->loader == NULL) closePipe(t);
+    if ((error = drainQueues(job,until)) != NULL) {
+        failTarget(job,error);
+        return;
+    }
+    job->stream_bytes = t->ops_bytes;
+    job->stream_applied = t->ops_bytes - t->queued_bytes;
+    if (job->state != SLOTMIG_PREPARING || !t->all_ready || t->draining.count || t->queued_bytes) return;
+    if (slotmigFailPoint(FP_target_replica_prepared)) return;
+    slotmigSetState(job,SLOTMIG_PREPARED,"the master is to take over");
+    slotmigAnswerMaster(job->id,RELAY_PREPARED,t->cut_n,"");
 }
 
 /* ---- what comes from outside ---- */
@@ -856,6 +1279,7 @@ static void targetFrame(slotMigJob *job, int type, frameReader *r) {
     case FRAME_SNAPSHOT: gotSnapshot(job,r); break;
     case FRAME_OPS:
         job->tgt->ops_bytes += len+FRAME_HEADER;
+        if (job->tgt->relaying) slotmigRelayBytes(job,RELAY_OPS,r->p,len);
         gotOps(job,r);
         break;
     case FRAME_CUT: gotCut(job,r); break;
@@ -925,7 +1349,15 @@ void slotmigTargetStep(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     monotime until = slotmigSliceEnd();
     if (t->stream) slotmigLinkTick(t->stream);
-    if (slotmigEnded(job) || job->state == SLOTMIG_TAKEN) return;
+    if (slotmigEnded(job)) return;
+    if (t->relayed) {
+        stepOfReplica(job);
+        return;
+    }
+    if (job->state == SLOTMIG_TAKEN) {
+        tryTaken(job);
+        return;
+    }
     if (job->state == SLOTMIG_PREPARED) {
         if (t->holding && mstime() - t->prepared_at > server.cluster_node_timeout) {
             t->holding = 0;         /* better sent back than kept waiting for ever */
@@ -940,6 +1372,8 @@ void slotmigTargetStep(slotMigJob *job) {
     if (mstime() >= t->next_check) {
         t->next_check = mstime()+CHECK_PERIOD;
         if ((error = checkTarget(&job->slots,job->peer)) == NULL) error = checkMemory(0);
+        if (error == NULL && t->announced && !t->relaying && slotmigHasReplicas())
+            error = sdsnew("a replica of the target came in the middle: start the migration again");
     }
     if (error) {
         failTarget(job,error);
@@ -949,6 +1383,7 @@ void slotmigTargetStep(slotMigJob *job) {
     int res = takeSections(job,until);
     slotmigWork(was);
     if (res == C_ERR) return;
+    relaySnapshot(job);
     if ((error = drainQueues(job,until)) != NULL) {
         failTarget(job,error);
         return;
@@ -975,6 +1410,11 @@ void slotmigTargetFree(slotMigJob *job) {
         slotmigLinkSend(t->stream,sdscatsds(f,job->last_error));
     }
     slotmigLinkFree(t->stream);
+    if (t->relaying && job->state != SLOTMIG_DONE) slotmigRelayBytes(job,RELAY_ABORT,job->last_error,sdslen(job->last_error));
+    if (t->relayed && job->state != SLOTMIG_DONE) slotmigAnswerMaster(job->id,RELAY_LOST,0,job->last_error);
+    closePipe(t);
+    listRelease(t->to_relay);
+    listRelease(t->pipe_out);
     if (t->snapshot) connClose(t->snapshot);
     slotmigLoaderFree(t->loader);
     slotmigShadowDrop(t->shadow);

@@ -1,0 +1,189 @@
+/* slotmig_bus.c -- what this node knows of the others by the cluster bus.
+ *
+ *   fresh     Is this node's picture of the cluster one to act on? A node that was
+ *             stopped, cut off or restarted may have been replaced by its replica
+ *             and not know it. Only a fresh node prepares, commits, answers a
+ *             question and takes slots back. Fresh is who, since it last stood still
+ *             and not longer than twice the node timeout ago, has heard answers of a
+ *             majority of the masters that serve slots, itself counted.
+ *   echo      Every message carries its sender's current epoch. An epoch that a
+ *             majority has echoed is below that of every later election.
+ *   lineage   The master, whichever it is now, of the shard that a node belongs to.
+ *
+ * No message is new: these are upstream's PINGs and their answers.
+ *
+ * Main thread only.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#include "slotmig_job.h"
+
+#define SETTLE_MS 500           /* after standing still, for the news that come behind the first answers */
+#define STOOD_STILL_MIN 200     /* ms between two turns that are no standing still, however short the node timeout */
+
+static mstime_t last_turn;      /* by the monotonic clock, as the next */
+static mstime_t still_until;    /* when this node last began to run */
+static mstime_t still_wall;     /* the same by the clock that upstream stamps answers with */
+
+static mstime_t monotonicMs(void) {
+    return getMonotonicUs()/1000;
+}
+
+/* Every turn of the event loop; the server's cron alone makes ten a second. */
+void slotmigBusTurn(void) {
+    mstime_t now = monotonicMs(), gap = server.cluster_node_timeout/2;
+    if (gap < STOOD_STILL_MIN) gap = STOOD_STILL_MIN;
+    if (last_turn == 0 || now - last_turn > gap) {
+        still_until = now;
+        still_wall = mstime();
+        if (last_turn) serverLog(LL_VERBOSE,"This node stood still for %lld ms: slot migrations wait until it has heard "
+            "a majority of the masters",(long long)(now - last_turn));
+    }
+    last_turn = now;
+}
+
+/* Of the masters with slots: those for which heard() holds; *size: all of them. */
+static int countMasters(int (*heard)(clusterNode *n, uint64_t arg), uint64_t arg, int *size) {
+    int n = 0;
+    dictIterator *di = dictGetSafeIterator(server.cluster->nodes);
+    dictEntry *de;
+    *size = 0;
+    while ((de = dictNext(di)) != NULL) {
+        clusterNode *node = dictGetVal(de);
+        if (!clusterNodeIsMaster(node) || node->numslots == 0) continue;
+        (*size)++;
+        if (node == server.cluster->myself || heard(node,arg)) n++;
+    }
+    dictReleaseIterator(di);
+    return n;
+}
+
+static int answeredLately(clusterNode *n, uint64_t unused) {
+    UNUSED(unused);
+    mstime_t since = mstime() - 2*server.cluster_node_timeout;
+    if (still_wall > since) since = still_wall;
+    return !nodeFailed(n) && n->pong_received >= since;
+}
+
+/* 1, or 0 and, if `why` is not NULL, the reason there (the caller's). */
+int slotmigFresh(sds *why) {
+    int size, heard;
+    mstime_t now = monotonicMs(), gap = server.cluster_node_timeout/2;
+    if (gap < STOOD_STILL_MIN) gap = STOOD_STILL_MIN;
+    sds text = NULL;
+    if (!clusterNodeIsMaster(server.cluster->myself)) text = sdsnew("this node is a replica now");
+    else if (server.cluster->state != CLUSTER_OK) text = sdsnew("the cluster is down as this node sees it");
+    else if (now - last_turn > gap || now - still_until < SETTLE_MS) text = sdsnew("this node stood still or has just started");
+    else if ((heard = countMasters(answeredLately,0,&size)) < size/2+1)
+        text = sdscatprintf(sdsempty(),"only %d of %d masters have answered lately",heard,size);
+    if (why) *why = text;
+    else sdsfree(text);
+    return text == NULL;
+}
+
+/* ---- the echo of an epoch ---- */
+
+typedef struct heardEpoch { char node[CLUSTER_NAMELEN]; uint64_t epoch; } heardEpoch;
+static list *heard_epochs;
+
+/* Called for each message of a known node. */
+void slotmigHeardEpoch(clusterNode *sender, uint64_t current_epoch) {
+    listIter li;
+    listNode *ln;
+    if (!slotmigActive()) {
+        if (heard_epochs) {
+            listRelease(heard_epochs);
+            heard_epochs = NULL;
+        }
+        return;
+    }
+    if (heard_epochs == NULL) {
+        heard_epochs = listCreate();
+        listSetFreeMethod(heard_epochs,zfree);
+    }
+    listRewind(heard_epochs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        heardEpoch *h = listNodeValue(ln);
+        if (memcmp(h->node,sender->name,CLUSTER_NAMELEN)) continue;
+        h->epoch = current_epoch;
+        return;
+    }
+    heardEpoch *h = zmalloc(sizeof(*h));
+    memcpy(h->node,sender->name,CLUSTER_NAMELEN);
+    h->epoch = current_epoch;
+    listAddNodeTail(heard_epochs,h);
+}
+
+static int echoed(clusterNode *n, uint64_t epoch) {
+    listIter li;
+    listNode *ln;
+    if (heard_epochs == NULL) return 0;
+    listRewind(heard_epochs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        heardEpoch *h = listNodeValue(ln);
+        if (!memcmp(h->node,n->name,CLUSTER_NAMELEN)) return h->epoch >= epoch;
+    }
+    return 0;
+}
+
+/* Has a majority of the masters shown that its current epoch is not below this one? */
+int slotmigEpochEchoed(uint64_t epoch) {
+    int size, n = countMasters(echoed,epoch,&size);
+    return n >= size/2+1;
+}
+
+/* Ask every master for an answer now: with our current epoch, for its own. */
+void slotmigPingMasters(void) {
+    dictIterator *di = dictGetSafeIterator(server.cluster->nodes);
+    dictEntry *de;
+    while ((de = dictNext(di)) != NULL) {
+        clusterNode *node = dictGetVal(de);
+        if (node == server.cluster->myself || !clusterNodeIsMaster(node) || node->link == NULL) continue;
+        if (nodeInHandshake(node)) continue;
+        clusterSendPing(node->link,CLUSTERMSG_TYPE_PING);
+    }
+    dictReleaseIterator(di);
+}
+
+/* ---- lineage ---- */
+
+/* The acting master of the shard that this node is, or was, the master of. NULL:
+ * nobody knows the node any more. */
+clusterNode *slotmigLineageMaster(const char *name) {
+    clusterNode *n = clusterLookupNode(name,CLUSTER_NAMELEN), *best = NULL;
+    if (n == NULL) return NULL;
+    dictIterator *di = dictGetSafeIterator(server.cluster->nodes);
+    dictEntry *de;
+    while ((de = dictNext(di)) != NULL) {
+        clusterNode *node = dictGetVal(de);
+        if (!clusterNodeIsMaster(node) || memcmp(node->shard_id,n->shard_id,CLUSTER_NAMELEN)) continue;
+        if (nodeFailed(node) && node != n) continue;
+        if (best == NULL || (nodeFailed(best) && !nodeFailed(node)) ||
+            (!nodeFailed(best) == !nodeFailed(node) && node->configEpoch > best->configEpoch)) best = node;
+    }
+    dictReleaseIterator(di);
+    if (best) return best;
+    while (n->slaveof) n = n->slaveof;
+    return n;
+}
+
+int slotmigSameLineage(const clusterNode *n, const char *name) {
+    clusterNode *other = clusterLookupNode(name,CLUSTER_NAMELEN);
+    return other && (other == n || !memcmp(other->shard_id,n->shard_id,CLUSTER_NAMELEN));
+}
+
+/* How many other nodes are in this node's shard? */
+int slotmigShardMates(const char *name) {
+    clusterNode *n = clusterLookupNode(name,CLUSTER_NAMELEN);
+    int mates = 0;
+    if (n == NULL) return 0;
+    dictIterator *di = dictGetSafeIterator(server.cluster->nodes);
+    dictEntry *de;
+    while ((de = dictNext(di)) != NULL) {
+        clusterNode *node = dictGetVal(de);
+        if (node != n && !memcmp(node->shard_id,n->shard_id,CLUSTER_NAMELEN)) mates++;
+    }
+    dictReleaseIterator(di);
+    return mates;
+}

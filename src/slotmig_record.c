@@ -1,0 +1,163 @@
+/* slotmig_record.c -- hand-offs that this node, or the master it may succeed, has
+ * under way: what a restart and a promotion must not forget.
+ *
+ * A record is job, target and slots. The source makes it before it fences, so that
+ * nothing has to be written while writers wait: into nodes.conf, brought to the disk
+ * by a bio thread, and to its replicas, which acknowledge it. It means: the slots may
+ * have been handed over. It goes when the job ends, whichever way.
+ *
+ * Whoever comes to be the master of the slots' lineage with a record (a source that
+ * was restarted, a replica that was promoted) does not know how the hand-off ended.
+ * It claims the slots, so that nobody else does, serves none of them, and asks the
+ * target's shard: a job in state INHERITED. TAKEN: they go there. DISCARDED: they
+ * are served here again.
+ *
+ *   nodes.conf, on upstream's line of variables, which another server skips:
+ *     slotmig-handoff <job>:<target>:<ranges, comma between>
+ *
+ * Must never happen: a slot served while its record is unresolved.
+ *
+ * Main thread only.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#include "slotmig_job.h"
+#include "bio.h"
+#include <fcntl.h>
+#include <libgen.h>
+
+typedef struct handoffRecord {
+    char id[SLOTMIG_ID_LEN+1], target[CLUSTER_NAMELEN+1];
+    slotSet slots;
+} handoffRecord;
+
+static list *records;
+
+static listNode *findRecord(const char *id) {
+    listIter li;
+    listNode *ln;
+    if (records == NULL) return NULL;
+    listRewind(records,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (!memcmp(((handoffRecord*)listNodeValue(ln))->id,id,SLOTMIG_ID_LEN)) return ln;
+    return NULL;
+}
+
+/* Not written to nodes.conf here. */
+static void putRecord(const char *id, const char *target, const slotSet *slots) {
+    listNode *ln = findRecord(id);
+    handoffRecord *r = ln ? listNodeValue(ln) : zcalloc(sizeof(*r));
+    memcpy(r->id,id,SLOTMIG_ID_LEN);
+    memcpy(r->target,target,CLUSTER_NAMELEN);
+    r->slots = *slots;
+    if (records == NULL) records = listCreate();
+    if (ln == NULL) listAddNodeTail(records,r);
+}
+
+void slotmigRecordPut(const char *id, const char *target, const slotSet *slots) {
+    putRecord(id,target,slots);
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+}
+
+void slotmigRecordDrop(const char *id) {
+    listNode *ln = findRecord(id);
+    if (ln == NULL) return;
+    zfree(listNodeValue(ln));
+    listDelNode(records,ln);
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+}
+
+void slotmigRecordsClear(void) {
+    while (records && listLength(records)) slotmigRecordDrop(((handoffRecord*)listNodeValue(listFirst(records)))->id);
+}
+
+/* ---- the disk ---- */
+
+/* Bring nodes.conf, just written, to the disk without the main thread waiting for
+ * it; then done(id of the job) is called, on the main thread. `done` gets an sds
+ * that it must free. */
+void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id)) {
+    char path[PATH_MAX];
+    snprintf(path,sizeof(path),"%s",server.cluster_configfile);
+    int file = open(path,O_RDONLY), dir = open(dirname(path),O_RDONLY|O_DIRECTORY);
+    if (file == -1 || dir == -1) clusterSaveConfigOrDie(1);     /* then here */
+    if (file != -1) bioCreateCloseJob(file,1,0);
+    if (dir != -1) bioCreateCloseJob(dir,1,0);
+    bioCreateCompRq(BIO_WORKER_CLOSE_FILE,done,0,sdsnew(id));
+}
+
+sds slotmigSaveRecords(sds conf) {
+    listIter li;
+    listNode *ln;
+    if (records == NULL) return conf;
+    listRewind(records,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        handoffRecord *r = listNodeValue(ln);
+        sds ranges = sdsmapchars(slotSetToString(&r->slots)," ",",",1);
+        conf = sdscatfmt(conf," slotmig-handoff %s:%s:%S",r->id,r->target,ranges);
+        sdsfree(ranges);
+    }
+    return conf;
+}
+
+/* "3-10,20" */
+int slotmigParseRanges(const char *p, slotSet *slots) {
+    slotSetClear(slots);
+    while (*p) {
+        char *end;
+        long first = strtol(p,&end,10), last = first;
+        if (end == p) return 0;
+        if (*end == '-') last = strtol(end+1,&end,10);
+        if (first < 0 || last < first || last >= CLUSTER_SLOTS || (*end && *end != ',')) return 0;
+        for (long j = first; j <= last; j++) slotSetAdd(slots,j);
+        p = *end ? end+1 : end;
+    }
+    return 1;
+}
+
+void slotmigLoadRecord(const char *value) {
+    slotSet slots;
+    size_t head = SLOTMIG_ID_LEN+1+CLUSTER_NAMELEN+1;
+    if (strlen(value) <= head || value[SLOTMIG_ID_LEN] != ':' || value[head-1] != ':' ||
+        !slotmigParseRanges(value+head,&slots) || slots.count == 0)
+    {
+        serverLog(LL_WARNING,"nodes.conf: the record of a slot migration is not understood and left out: %.100s",value);
+        return;
+    }
+    putRecord(value,value+SLOTMIG_ID_LEN+1,&slots);
+}
+
+/* ---- a master with records that are not its own doing ---- */
+
+/* Called at the end of a promotion, and in the first turn after the start. */
+void slotmigInherit(const char *how) {
+    listIter li;
+    listNode *ln;
+    if (records == NULL || !clusterNodeIsMaster(server.cluster->myself)) return;
+    listRewind(records,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        handoffRecord *r = listNodeValue(ln);
+        slotMigJob *job = slotmigFindJob(r->id);
+        if (job && !slotmigEnded(job)) continue;
+        slotmigSourceInherit(r->id,r->target,&r->slots,how);
+    }
+}
+
+int slotmigRecordCovers(int slot) {
+    listIter li;
+    listNode *ln;
+    if (records == NULL) return 0;
+    listRewind(records,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (slotSetHas(&((handoffRecord*)listNodeValue(ln))->slots,slot)) return 1;
+    return 0;
+}
+
+int slotmigAnyRecord(void) {
+    return records && listLength(records);
+}
+
+int slotmigHasRecord(const char *id) {
+    return findRecord(id) != NULL;
+}

@@ -1,0 +1,452 @@
+/* slotmig_relay.c -- a master and its replicas.
+ *
+ * A job's words to the replicas go in the master's own replication stream, as
+ * commands that vanilla clients cannot send:
+ *
+ *   CLUSTER SLOTMIG RELAY <job> <seq> <word> ...
+ *
+ *   of a source   HANDOFF target ranges       make a record (slotmig_record.c)
+ *                 END                         drop it, nothing was handed over
+ *                 TRIM target epoch ranges    handed over: slot map, keys, record
+ *   of a target   BEGIN source point keys ranges
+ *                 DATA bytes                  of the snapshot, as they came
+ *                 OPS payload                 of FRAME_OPS, as it came
+ *                 PREPARED n epoch source's-epoch
+ *                 DISCARD n
+ *                 TAKEOVER n epoch
+ *                 ABORT text
+ *
+ * seq counts a job's words. A replica that misses one (it synchronized anew in the
+ * middle) has lost the job, and says so. A replica answers on the same connection:
+ *
+ *   REPLCONF SLOTMIG <node> <job> <word> <number> <text>
+ *
+ * told(word, number): it has done what the word asks for. LOST: it does not have the
+ * job. That it can do all this it says when it attaches, with its node's id:
+ * REPLCONF capa slotmig:1:<node>. Other masters skip what they do not know.
+ *
+ * What counts as told: by a replica that is connected. The bytes of DATA that no
+ * replica has acknowledged yet are bounded (RELAY_WINDOW), so that an import neither
+ * fills a replica's output buffer nor pushes it out of the backlog.
+ *
+ * Must never happen: a replica counted as told that would not know the slots when it
+ * is promoted.
+ *
+ * Main thread only.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#include "slotmig_job.h"
+
+#define RELAY_WINDOW_MIN (64*1024)
+#define RELAY_WINDOW_SHARE 4        /* of the backlog */
+
+/* Who a connected replica is. */
+typedef struct replicaConn { uint64_t client; char node[CLUSTER_NAMELEN+1]; } replicaConn;
+static list *replica_conns;
+
+/* What a replica has said of a job. */
+typedef struct toldReplica {
+    char node[CLUSTER_NAMELEN+1];
+    int lost;
+    uint64_t word[RELAY_WORDS];         /* highest number told, plus 1; 0: none */
+} toldReplica;
+
+static const char *word_names[RELAY_WORDS] = {
+    "handoff","end","trim","begin","data","ops","prepared","discard","takeover","abort","lost"
+};
+
+/* ---- the master: who is there ---- */
+
+char *slotmigCapability(void) {
+    static char text[16+CLUSTER_NAMELEN];
+    if (!server.cluster_enabled || server.cluster == NULL) return "slotmig:0";
+    snprintf(text,sizeof(text),"slotmig:%d:%.40s",SLOTMIG_PROTOCOL,server.cluster->myself->name);
+    return text;
+}
+
+void slotmigReplicaCapability(client *c, const char *capa) {
+    char node[CLUSTER_NAMELEN+1];
+    int version;
+    if (sscanf(capa,"slotmig:%d:%40s",&version,node) != 2 || version != SLOTMIG_PROTOCOL || strlen(node) != CLUSTER_NAMELEN) return;
+    if (replica_conns == NULL) {
+        replica_conns = listCreate();
+        listSetFreeMethod(replica_conns,zfree);
+    }
+    listIter li;
+    listNode *ln;
+    listRewind(replica_conns,&li);
+    while ((ln = listNext(&li)) != NULL)    /* those that are gone, and a second word of this one */
+        if (((replicaConn*)listNodeValue(ln))->client == c->id || lookupClientByID(((replicaConn*)listNodeValue(ln))->client) == NULL)
+            listDelNode(replica_conns,ln);
+    replicaConn *r = zmalloc(sizeof(*r));
+    r->client = c->id;
+    memcpy(r->node,node,sizeof(r->node));
+    listAddNodeTail(replica_conns,r);
+}
+
+static const char *nodeOfReplica(const client *c) {
+    listIter li;
+    listNode *ln;
+    if (replica_conns == NULL) return NULL;
+    listRewind(replica_conns,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (((replicaConn*)listNodeValue(ln))->client == c->id) return ((replicaConn*)listNodeValue(ln))->node;
+    return NULL;
+}
+
+static int isOnline(const char *node) {
+    listIter li;
+    listNode *ln;
+    listRewind(server.slaves,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        client *c = listNodeValue(ln);
+        const char *name = nodeOfReplica(c);
+        if (c->replstate == SLAVE_STATE_ONLINE && name && !strcmp(name,node)) return 1;
+    }
+    return 0;
+}
+
+/* A connection of after the take-over on which the replica has acknowledged it: it
+ * was told by the stream, or copied everything anew. */
+static int hasCopiedSince(slotMigJob *job, const char *node) {
+    listIter li;
+    listNode *ln;
+    if (job->takeover_offset == 0) return 0;
+    listRewind(server.slaves,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        client *c = listNodeValue(ln);
+        const char *name = nodeOfReplica(c);
+        if (c->id >= job->takeover_client && c->replstate == SLAVE_STATE_ONLINE && c->repl_ack_off >= job->takeover_offset &&
+            name && !strcmp(name,node)) return 1;
+    }
+    return 0;
+}
+
+int slotmigHasReplicas(void) {
+    return server.cluster->myself->numslaves || listLength(server.slaves);
+}
+
+/* NULL: all that are attached can take part. */
+sds slotmigCheckReplicas(void) {
+    listIter li;
+    listNode *ln;
+    listRewind(server.slaves,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        client *c = listNodeValue(ln);
+        if (c->flags & CLIENT_CLOSE_ASAP || nodeOfReplica(c)) continue;
+        if (c->flags & CLIENT_REPL_RDB_CHANNEL) continue;       /* beside a main channel */
+        return sdscatprintf(sdsempty(),"node %.40s has a replica at %s that runs a server which cannot take part in slot "
+            "migrations: upgrade or detach it",server.cluster->myself->name,replicationGetSlaveName(c));
+    }
+    return NULL;
+}
+
+/* ---- the master: words ---- */
+
+static int feedable(void) {
+    return server.masterhost == NULL && slotmigHasReplicas();
+}
+
+/* Takes the strings. To be called between execution units or inside of one. */
+void slotmigRelay(slotMigJob *job, slotMigWord word, int n, sds *args) {
+    if (!feedable()) {
+        for (int i = 0; i < n; i++) sdsfree(args[i]);
+        return;
+    }
+    robj *argv[16];
+    int argc = 0;
+    serverAssert(n <= 10);
+    argv[argc++] = createStringObject("CLUSTER",7);
+    argv[argc++] = createStringObject("SLOTMIG",7);
+    argv[argc++] = createStringObject("RELAY",5);
+    argv[argc++] = createStringObject(job->id,SLOTMIG_ID_LEN);
+    argv[argc++] = createObject(OBJ_STRING,sdscatfmt(sdsempty(),"%U",job->relay_seq++));
+    argv[argc++] = createStringObject(word_names[word],strlen(word_names[word]));
+    for (int i = 0; i < n; i++) argv[argc++] = createObject(OBJ_STRING,args[i]);
+    replicationFeedSlaves(server.slaves,-1,argv,argc);
+    for (int i = 0; i < argc; i++) decrRefCount(argv[i]);
+}
+
+static sds number(uint64_t n) {
+    return sdscatfmt(sdsempty(),"%U",n);
+}
+
+static sds name(const char *n) {
+    return sdsnewlen(n,CLUSTER_NAMELEN);
+}
+
+static sds commaRanges(const slotSet *slots) {
+    return sdsmapchars(slotSetToString(slots)," ",",",1);
+}
+
+void slotmigRelayHandoff(slotMigJob *job) {
+    sds args[] = { name(job->peer), commaRanges(&job->slots) };
+    slotmigRelay(job,RELAY_HANDOFF,2,args);
+}
+
+void slotmigRelayEnd(slotMigJob *job) {
+    slotmigRelay(job,RELAY_END,0,NULL);
+}
+
+void slotmigRelayTrim(slotMigJob *job) {
+    sds args[] = { name(job->peer), number(job->epoch), commaRanges(&job->slots) };
+    slotmigRelay(job,RELAY_TRIM,3,args);
+}
+
+void slotmigRelayBegin(slotMigJob *job, long long point) {
+    sds args[] = { name(job->peer), number(point), number(job->keys_total), commaRanges(&job->slots) };
+    slotmigRelay(job,RELAY_BEGIN,4,args);
+}
+
+void slotmigRelayBytes(slotMigJob *job, slotMigWord word, const void *p, size_t len) {
+    sds args[] = { sdsnewlen(p,len) };
+    if (word == RELAY_DATA) job->relayed += len;
+    slotmigRelay(job,word,1,args);
+}
+
+void slotmigRelayAttempt(slotMigJob *job, slotMigWord word, uint64_t n, uint64_t epoch, uint64_t source_epoch) {
+    sds args[] = { number(n), number(epoch), number(source_epoch) };
+    slotmigRelay(job,word,3,args);
+}
+
+/* ---- the master: what replicas have said ---- */
+
+static toldReplica *findTold(slotMigJob *job, const char *node, int make) {
+    listIter li;
+    listNode *ln;
+    if (job->told == NULL) {
+        if (!make) return NULL;
+        job->told = listCreate();
+        listSetFreeMethod(job->told,zfree);
+    }
+    listRewind(job->told,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (!strcmp(((toldReplica*)listNodeValue(ln))->node,node)) return listNodeValue(ln);
+    if (!make) return NULL;
+    toldReplica *t = zcalloc(sizeof(*t));
+    memcpy(t->node,node,CLUSTER_NAMELEN);
+    listAddNodeTail(job->told,t);
+    return t;
+}
+
+static int isTold(slotMigJob *job, const char *node, slotMigWord word, uint64_t n) {
+    toldReplica *t = findTold(job,node,0);
+    if (t && !t->lost && t->word[word] >= n+1 && isOnline(node)) return 1;
+    return word == RELAY_TAKEOVER && hasCopiedSince(job,node);
+}
+
+/* How many connected replicas have done it? */
+int slotmigToldCount(slotMigJob *job, slotMigWord word, uint64_t n) {
+    int count = 0;
+    clusterNode *myself = server.cluster->myself;
+    for (int i = 0; i < myself->numslaves; i++) {
+        char node[CLUSTER_NAMELEN+1] = {0};
+        memcpy(node,myself->slaves[i]->name,CLUSTER_NAMELEN);
+        if (isTold(job,node,word,n)) count++;
+    }
+    return count;
+}
+
+/* Have all replicas that are not FAIL done it? NULL: yes. Else the first that has
+ * not, as text for people (the caller's). */
+sds slotmigNotTold(slotMigJob *job, slotMigWord word, uint64_t n) {
+    clusterNode *myself = server.cluster->myself;
+    for (int i = 0; i < myself->numslaves; i++) {
+        clusterNode *r = myself->slaves[i];
+        char node[CLUSTER_NAMELEN+1] = {0};
+        memcpy(node,r->name,CLUSTER_NAMELEN);
+        if (nodeFailed(r) || isTold(job,node,word,n)) continue;
+        return slotmigNodeName(r);
+    }
+    return NULL;
+}
+
+/* Connected replicas that still have the job and have not done it. */
+int slotmigBehind(slotMigJob *job, slotMigWord word, uint64_t n) {
+    int count = 0;
+    clusterNode *myself = server.cluster->myself;
+    for (int i = 0; i < myself->numslaves; i++) {
+        char node[CLUSTER_NAMELEN+1] = {0};
+        memcpy(node,myself->slaves[i]->name,CLUSTER_NAMELEN);
+        toldReplica *t = findTold(job,node,0);
+        if (isOnline(node) && !(t && t->lost) && !isTold(job,node,word,n)) count++;
+    }
+    return count;
+}
+
+/* Replicas that said that they do not have the job. */
+int slotmigLostCount(slotMigJob *job) {
+    int count = 0;
+    clusterNode *myself = server.cluster->myself;
+    for (int i = 0; i < myself->numslaves; i++) {
+        char node[CLUSTER_NAMELEN+1] = {0};
+        memcpy(node,myself->slaves[i]->name,CLUSTER_NAMELEN);
+        toldReplica *t = findTold(job,node,0);
+        if (t && t->lost) count++;
+    }
+    return count;
+}
+
+/* Bytes of the snapshot that may be relayed now. */
+size_t slotmigRelayRoom(slotMigJob *job) {
+    size_t window = server.repl_backlog_size/RELAY_WINDOW_SHARE;
+    unsigned long long slowest = job->relayed;
+    clusterNode *myself = server.cluster->myself;
+    if (window < RELAY_WINDOW_MIN) window = RELAY_WINDOW_MIN;
+    for (int i = 0; i < myself->numslaves; i++) {
+        char node[CLUSTER_NAMELEN+1] = {0};
+        memcpy(node,myself->slaves[i]->name,CLUSTER_NAMELEN);
+        if (!isOnline(node)) continue;
+        toldReplica *t = findTold(job,node,0);
+        if (t && t->lost) continue;
+        unsigned long long got = t && t->word[RELAY_DATA] ? t->word[RELAY_DATA]-1 : 0;
+        if (got < slowest) slowest = got;
+    }
+    return job->relayed - slowest >= window ? 0 : window - (job->relayed - slowest);
+}
+
+/* REPLCONF SLOTMIG node job word number text, from a replica. Never answered. */
+void slotmigReplicaWord(client *c) {
+    unsigned long long n;
+    if (!(c->flags & CLIENT_SLAVE) || c->argc != 7) return;
+    const char *node = nodeOfReplica(c);
+    if (node == NULL || strcmp(node,c->argv[2]->ptr) || sdslen(c->argv[3]->ptr) != SLOTMIG_ID_LEN) return;
+    slotMigJob *job = slotmigFindJob(c->argv[3]->ptr);
+    if (job == NULL || !string2ull(c->argv[5]->ptr,&n)) return;
+    for (int w = 0; w < RELAY_WORDS; w++) {
+        if (strcasecmp(word_names[w],c->argv[4]->ptr)) continue;
+        toldReplica *t = findTold(job,node,1);
+        if (w == RELAY_LOST) {
+            t->lost = 1;
+            serverLog(LL_NOTICE,"Slot migration %.8s: replica %.40s does not have it: %s",job->id,node,(char*)c->argv[6]->ptr);
+        } else if (t->word[w] < n+1) {
+            t->word[w] = n+1;
+        }
+        slotmigJobsSoon();
+        return;
+    }
+}
+
+/* ---- the replica ---- */
+
+void slotmigAnswerMaster(const char *id, slotMigWord word, uint64_t n, const char *text) {
+    client *c = server.master;
+    if (c == NULL) return;
+    c->flags |= CLIENT_MASTER_FORCE_REPLY;
+    addReplyArrayLen(c,7);
+    addReplyBulkCString(c,"REPLCONF");
+    addReplyBulkCString(c,"SLOTMIG");
+    addReplyBulkCBuffer(c,server.cluster->myself->name,CLUSTER_NAMELEN);
+    addReplyBulkCBuffer(c,id,SLOTMIG_ID_LEN);
+    addReplyBulkCString(c,word_names[word]);
+    addReplyBulkLongLong(c,n);
+    addReplyBulkCString(c,text);
+    c->flags &= ~CLIENT_MASTER_FORCE_REPLY;
+}
+
+static void lost(const char *id, const char *why) {
+    static char said[SLOTMIG_ID_LEN+1];     /* once is enough */
+    static uint64_t said_to;
+    if (!strcmp(said,id) && server.master && said_to == server.master->id) return;
+    memcpy(said,id,SLOTMIG_ID_LEN);
+    if (server.master) said_to = server.master->id;
+    slotmigAnswerMaster(id,RELAY_LOST,0,why);
+}
+
+/* This replica's data is not what the master's is from here on: copy all of it. */
+static void copyAnew(const char *id, const char *why) {
+    serverLog(LL_WARNING,"Slot migration %.8s: %s: this replica synchronizes anew with its master",id,why);
+    if (server.master == NULL) return;
+    server.master->flags |= CLIENT_PROTOCOL_ERROR;      /* it is not to be cached */
+    freeClientAsync(server.master);
+}
+
+/* The slots are another node's, with this epoch. */
+static void trimReplica(const char *id, clusterNode *target, uint64_t epoch, const slotSet *slots) {
+    clusterNode *master = server.cluster->myself->slaveof;
+    if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
+    if (target && target->configEpoch < epoch) target->configEpoch = epoch;
+    slotMigLimbo *limbo = slotmigLimboCreate();
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        if (server.cluster->slots[j] == master && master) {
+            clusterDelSlot(j);
+            if (target) clusterAddSlot(target,j);
+        }
+        slotmigLimboTake(limbo,j);
+    }
+    slotmigLimboFree(limbo);
+    slotmigRecordDrop(id);
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE);
+    if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
+}
+
+/* CLUSTER SLOTMIG RELAY job seq word ..., from the master. */
+void slotmigRelayed(client *c) {
+    unsigned long long seq, v[3] = {0};
+    slotSet slots;
+    int word, extra = c->argc-6;
+    if (!(c->flags & CLIENT_MASTER)) {
+        addReplyError(c,"CLUSTER SLOTMIG RELAY comes from a replica's master only");
+        return;
+    }
+    if (c->argc < 6 || sdslen(c->argv[3]->ptr) != SLOTMIG_ID_LEN || !string2ull(c->argv[4]->ptr,&seq)) return;
+    const char *id = c->argv[3]->ptr;
+    robj **arg = c->argv+6;
+    for (word = 0; word < RELAY_WORDS && strcasecmp(word_names[word],c->argv[5]->ptr); word++);
+    switch (word) {
+    case RELAY_HANDOFF:
+        if (extra != 2 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || !slotmigParseRanges(arg[1]->ptr,&slots)) return;
+        slotmigRecordPut(id,arg[0]->ptr,&slots);
+        if (slotmigFailPoint(FP_source_replica_told) == FAILPOINT_FAIL) return;
+        slotmigAnswerMaster(id,RELAY_HANDOFF,0,"");
+        return;
+    case RELAY_END:
+        slotmigRecordDrop(id);
+        slotmigAnswerMaster(id,RELAY_END,0,"");
+        return;
+    case RELAY_TRIM:
+        if (extra != 3 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || !string2ull(arg[1]->ptr,v) ||
+            !slotmigParseRanges(arg[2]->ptr,&slots)) return;
+        trimReplica(id,clusterLookupNode(arg[0]->ptr,CLUSTER_NAMELEN),v[0],&slots);
+        slotmigAnswerMaster(id,RELAY_TRIM,0,"");
+        return;
+    case RELAY_BEGIN:
+        if (extra != 4 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || !string2ull(arg[1]->ptr,v) || !string2ull(arg[2]->ptr,v+1) ||
+            !slotmigParseRanges(arg[3]->ptr,&slots)) return;
+        sds error = slotmigReplicaBegin(id,arg[0]->ptr,&slots,v[0],v[1],seq+1);
+        if (error) lost(id,error);
+        sdsfree(error);
+        return;
+    }
+    /* What follows needs the job as the master has it. */
+    slotMigJob *job = slotmigFindJob(id);
+    if (job && (job->tgt == NULL || !slotmigIsRelayed(job))) job = NULL;
+    if (job && job->relay_seq != seq) {
+        slotmigFail(job,SLOTMIG_FAILED,sdsnew("this replica missed a part of it"));
+        job = NULL;
+    }
+    if (job) job->relay_seq++;
+    if (job == NULL && word == RELAY_TAKEOVER) copyAnew(id,"the master took slots over that this replica has no copy of");
+    if (job == NULL) {
+        if (word != RELAY_ABORT) lost(id,"it is not known there");
+        return;
+    }
+    for (int i = 0; i < extra && i < 3; i++)
+        if (word != RELAY_DATA && word != RELAY_OPS && word != RELAY_ABORT && !string2ull(arg[i]->ptr,v+i)) return;
+    switch (word) {
+    case RELAY_DATA: if (extra == 1) slotmigReplicaData(job,arg[0]->ptr,sdslen(arg[0]->ptr)); break;
+    case RELAY_OPS: if (extra == 1) slotmigReplicaOps(job,arg[0]->ptr,sdslen(arg[0]->ptr)); break;
+    case RELAY_PREPARED: slotmigReplicaPrepare(job,v[0],v[1],v[2]); break;
+    case RELAY_DISCARD: slotmigReplicaDiscard(job,v[0]); break;
+    case RELAY_TAKEOVER:
+        if (slotmigReplicaTakeOver(job,v[0],v[1])) slotmigAnswerMaster(id,RELAY_TAKEOVER,v[0],"");
+        else copyAnew(id,"the master took slots over before this replica had all of them");
+        break;
+    case RELAY_ABORT:
+        slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"at this replica's master: %s",extra ? (char*)arg[0]->ptr : ""));
+        slotmigAnswerMaster(id,RELAY_ABORT,0,"");
+        break;
+    }
+}

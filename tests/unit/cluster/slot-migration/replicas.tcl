@@ -1,0 +1,137 @@
+# Replicas on both sides: they have the slots' keys when the hand-off is done, and
+# who is promoted in the middle of it knows what he must know. Masters are nodes 0
+# to 2, the replica of node n is node n+3.
+
+source tests/support/slot_migration.tcl
+
+set ::slots {3 4 5 6 7 8 9 10}
+
+proc fill {} {
+    foreach slot $::slots {fill_all_types 0 $slot}
+    fill_strings 0 $::slots 1000
+}
+
+proc offsets_agree {n} {
+    expr {[status [Rn $n] master_repl_offset] == [status [Rn [expr {$n+3}]] master_repl_offset]}
+}
+
+# The replica has what its master has, by content and by number.
+proc assert_same_as_replica {n} {
+    set replica [expr {$n+3}]
+    wait_for_condition 1000 10 {
+        [status [Rn $replica] master_link_status] eq "up" && [R $n debug digest] eq [R $replica debug digest] &&
+        [R $n dbsize] == [R $replica dbsize]
+    } else {
+        fail "node $n has [R $n dbsize] keys, its replica [R $replica dbsize]: [R $n debug digest] [R $replica debug digest]"
+    }
+    foreach slot $::slots {
+        assert_equal [R $n cluster countkeysinslot $slot] [R $replica cluster countkeysinslot $slot] "slot $slot at replica $replica"
+    }
+    assert_equal [keyspace_field $n expires] [keyspace_field $replica expires]
+    wait_for_condition 1000 10 {[keyspace_field $n subexpiry] == [keyspace_field $replica subexpiry]} else {
+        fail "node $n: [keyspace $n], its replica: [keyspace $replica]"
+    }
+}
+
+proc migrate_with {from to args} {
+    lindex [R $from cluster migrate-slots slotsrange 3 10 node [node_id $to] {*}$args] 0
+}
+
+proc memory_field {n field} {
+    getInfoProperty [R $n info memory] $field
+}
+
+proc full_syncs {n} {
+    status [Rn $n] sync_full
+}
+
+start_cluster 3 3 {tags {external:skip cluster}} {
+    for {set n 3} {$n < 6} {incr n} {
+        wait_for_condition 1000 20 {[status [Rn $n] master_link_status] eq "up"} else {fail "replica $n is not up"}
+    }
+
+    test "Slots move between shards with replicas: these have the same, and nobody copies anew" {
+        fill
+        set before [slots_dump 0 $::slots]
+        foreach n {0 2} {set syncs($n) [full_syncs $n]}
+        set id [migrate 0 2 3 10]
+        wait_migrated 0 2 $id
+        assert_same_dump $before [slots_dump 2 $::slots]
+        assert_same_as_replica 0
+        assert_same_as_replica 2
+        assert_equal 0 [R 3 dbsize]
+        foreach n {0 2} {assert_equal $syncs($n) [full_syncs $n]}
+        assert_equal done [job_field 5 $id state]
+    }
+
+    test "Writes go on meanwhile, there and back: none is lost, at the replicas neither" {
+        foreach {from to} {2 0 0 2} {
+            foreach n {0 2} {R $n flushall}
+            fill_strings $from $::slots 1000
+            set writers [start_writers 3 $::slots]
+            wait_writers_go_on $writers
+            set id [migrate $from $to 3 10]
+            wait_migrated $from $to $id
+            wait_writers_go_on $writers
+            stop_writers $writers
+            assert_same_as_replica $from
+            assert_same_as_replica $to
+        }
+    }
+
+    test "Only replicas that have the slots count: one that stands still keeps the hand-off from being done" {
+        foreach n {0 2} {R $n flushall}
+        set owner [slot_owner 0 3]
+        set other [expr {2-$owner}]
+        fill_strings $owner $::slots 1000
+        failpoint [expr {$other+3}] target_replica_prepared pause
+        R $owner config set cluster-slot-migration-write-pause-timeout 300
+        set id [migrate $owner $other 3 10]
+        wait_for_condition 1000 10 {[job_field $owner $id attempt] >= 2} else {fail "[job $owner $id]"}
+        wait_for_condition 1000 10 {[string match "*0 of 1 replicas have the slots*" [job_field $other $id reason]]} else {fail "[job $other $id]"}
+        # The writers go on between the attempts.
+        R $owner set [key_in 5 meanwhile] yes
+        failpoint [expr {$other+3}] target_replica_prepared off
+        R $owner config set cluster-slot-migration-write-pause-timeout 10000
+        wait_migrated $owner $other $id
+        assert_same_as_replica $owner
+        assert_same_as_replica $other
+        assert_equal yes [R $other get [key_in 5 meanwhile]]
+    }
+
+    test "WAITREPLICAS 0 does not wait for it; a replica that was not prepared copies everything anew" {
+        foreach n {0 2} {R $n flushall}
+        set owner [slot_owner 0 3]
+        set other [expr {2-$owner}]
+        fill_strings $owner $::slots 1000
+        set synced [full_syncs $other]
+        failpoint [expr {$other+3}] target_replica_prepared pause
+        set id [migrate_with $owner $other WAITREPLICAS 0]
+        wait_migrated $owner $other $id
+        failpoint [expr {$other+3}] target_replica_prepared off
+        wait_for_condition 1000 10 {[full_syncs $other] == $synced+1} else {fail "no full synchronization"}
+        assert_same_as_replica $owner
+        assert_same_as_replica $other
+    }
+
+    test "A job that is cancelled leaves nothing at the replicas" {
+        foreach n {0 2} {R $n flushall}
+        set owner [slot_owner 0 3]
+        set other [expr {2-$owner}]
+        fill_strings $owner $::slots 1000
+        set replica [expr {$other+3}]
+        set id [migrate_with $owner $other HOLD]
+        wait_job_state $other $id following
+        wait_job_state $replica $id following
+        assert_morethan [memory_field $replica mem_cluster_slot_migration_shadow] 0
+        R $owner cluster cancel-slot-migrations id $id
+        wait_job_state $owner $id cancelled
+        wait_job_state $other $id cancelled
+        wait_job_state $replica $id failed
+        assert_match "*cancelled by command*" [job_field $replica $id last-error]
+        assert_equal 0 [memory_field $replica mem_cluster_slot_migration_shadow]
+        assert_equal 0 [R $replica dbsize]
+        assert_same_as_replica $owner
+        assert_same_as_replica $other
+    }
+}
