@@ -105,8 +105,8 @@ typedef struct slotMigJob {
     unsigned long long relay_seq;       /* of the next one (a replica: expected) */
     unsigned long long relayed;         /* bytes of the snapshot */
     list *told;                         /* what replicas have said; NULL: nothing */
-    long long takeover_offset;          /* of the replication stream, behind TAKEOVER; 0: not yet */
-    uint64_t takeover_client;           /* clients with this id or a later one came after it */
+    long long last_word_offset;         /* of the replication stream, behind TAKEOVER or ABORT; 0: not yet */
+    uint64_t last_word_client;          /* clients with this id or a later one came after it */
     slotMigSource *src;                 /* NULL once ended, or when we are the target */
     slotMigTarget *tgt;
 } slotMigJob;
@@ -269,6 +269,7 @@ void slotmigTargetMemory(const slotMigJob *job, struct slotMigMemory *m);   /* a
 int slotmigTargetBusy(const slotMigJob *job);       /* is there work for the next slice? */
 sds slotmigTargetAnswer(slotMigJob *job, const char *asker, int inherited);     /* to ASK; NULL: by the slot map */
 void slotmigTargetPromoted(slotMigJob *job);
+int slotmigReplicaFollows(const slotMigJob *job);
 int slotmigIsRelayed(const slotMigJob *job);        /* this node is a replica, its master moves the slots */
 /* On a replica, what the master's words ask for. */
 sds slotmigReplicaBegin(const char *id, const char *source, const slotSet *slots, long long point,
@@ -334,6 +335,7 @@ int slotmigLostCount(slotMigJob *job);
 size_t slotmigRelayRoom(slotMigJob *job);
 void slotmigAnswerMaster(const char *id, slotMigWord word, uint64_t n, const char *text);
 void slotmigRelayed(client *c);
+void slotmigWasLastWord(slotMigJob *job);
 /* The target's answer to the offer of a job (NULL: accepted), for the command
  * that waits for it. */
 void slotmigRequestAnswered(slotMigJob *job, const char *error);

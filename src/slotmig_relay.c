@@ -108,17 +108,17 @@ static int isOnline(const char *node) {
     return 0;
 }
 
-/* A connection of after the take-over on which the replica has acknowledged it: it
- * was told by the stream, or copied everything anew. */
+/* A connection of after the job's last word on which the replica has acknowledged it:
+ * it was told by the stream, or copied everything anew. */
 static int hasCopiedSince(slotMigJob *job, const char *node) {
     listIter li;
     listNode *ln;
-    if (job->takeover_offset == 0) return 0;
+    if (job->last_word_offset == 0) return 0;
     listRewind(server.slaves,&li);
     while ((ln = listNext(&li)) != NULL) {
         client *c = listNodeValue(ln);
         const char *name = nodeOfReplica(c);
-        if (c->id >= job->takeover_client && c->replstate == SLAVE_STATE_ONLINE && c->repl_ack_off >= job->takeover_offset &&
+        if (c->id >= job->last_word_client && c->replstate == SLAVE_STATE_ONLINE && c->repl_ack_off >= job->last_word_offset &&
             name && !strcmp(name,node)) return 1;
     }
     return 0;
@@ -211,6 +211,13 @@ void slotmigRelayAttempt(slotMigJob *job, slotMigWord word, uint64_t n, uint64_t
     slotmigRelay(job,word,3,args);
 }
 
+/* TAKEOVER or ABORT has just been said, or cannot be said to these replicas: they
+ * have to copy everything. */
+void slotmigWasLastWord(slotMigJob *job) {
+    job->last_word_offset = server.master_repl_offset;
+    atomicGet(server.next_client_id,job->last_word_client);
+}
+
 /* ---- the master: what replicas have said ---- */
 
 static toldReplica *findTold(slotMigJob *job, const char *node, int make) {
@@ -233,8 +240,8 @@ static toldReplica *findTold(slotMigJob *job, const char *node, int make) {
 
 static int isTold(slotMigJob *job, const char *node, slotMigWord word, uint64_t n) {
     toldReplica *t = findTold(job,node,0);
-    if (t && !t->lost && t->word[word] >= n+1 && isOnline(node)) return 1;
-    return word == RELAY_TAKEOVER && hasCopiedSince(job,node);
+    if (t && (!t->lost || word == RELAY_ABORT) && t->word[word] >= n+1 && isOnline(node)) return 1;
+    return (word == RELAY_TAKEOVER || word == RELAY_ABORT) && hasCopiedSince(job,node);
 }
 
 /* How many connected replicas have done it? */
@@ -423,14 +430,15 @@ void slotmigRelayed(client *c) {
     /* What follows needs the job as the master has it. */
     slotMigJob *job = slotmigFindJob(id);
     if (job && (job->tgt == NULL || !slotmigIsRelayed(job))) job = NULL;
-    if (job && job->relay_seq != seq) {
+    if (job && (job->relay_seq != seq || !slotmigReplicaFollows(job))) {
         slotmigFail(job,SLOTMIG_FAILED,sdsnew("this replica missed a part of it"));
         job = NULL;
     }
     if (job) job->relay_seq++;
     if (job == NULL && word == RELAY_TAKEOVER) copyAnew(id,"the master took slots over that this replica has no copy of");
     if (job == NULL) {
-        if (word != RELAY_ABORT) lost(id,"it is not known there");
+        if (word == RELAY_ABORT) slotmigAnswerMaster(id,RELAY_ABORT,0,"");
+        else lost(id,"it is not known there");
         return;
     }
     for (int i = 0; i < extra && i < 3; i++)

@@ -96,6 +96,7 @@ struct slotMigTarget {
     mstime_t told_at;
     /* As a replica */
     int relayed;
+    uint64_t master;                /* the client it comes from; another one: everything was copied anew */
     int pipe;                       /* to the loader, -1: none */
     list *pipe_out;                 /* sds */
     size_t piped_of_first;
@@ -1005,14 +1006,11 @@ static void takeOver(slotMigJob *job) {
     sds cannot = t->relaying ? slotmigCheckReplicas() : NULL;
     if (t->relaying && cannot == NULL) {
         slotmigRelayAttempt(job,RELAY_TAKEOVER,t->cut_n,job->epoch,0);
-        job->takeover_offset = server.master_repl_offset;
-        atomicGet(server.next_client_id,job->takeover_client);
         if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
     } else {
         slotmigDatasetChanged();
-        job->takeover_offset = server.master_repl_offset;
-        atomicGet(server.next_client_id,job->takeover_client);
     }
+    slotmigWasLastWord(job);
     sdsfree(cannot);
     defendSlots(job);
     t->holding = 0;
@@ -1096,6 +1094,13 @@ int slotmigIsRelayed(const slotMigJob *job) {
     return job->tgt && job->tgt->relayed;
 }
 
+/* Is the stream still the one that brought it? A short break of the link keeps the
+ * client; a copy of everything makes a new one, and what came with it is not ours. */
+int slotmigReplicaFollows(const slotMigJob *job) {
+    client *master = server.master ? server.master : server.cached_master;
+    return master && master->id == job->tgt->master;
+}
+
 static void pipeWritable(struct aeEventLoop *el, int fd, void *data, int mask) {
     UNUSED(el); UNUSED(mask);
     slotMigJob *job = data;
@@ -1149,6 +1154,7 @@ sds slotmigReplicaBegin(const char *id, const char *source, const slotSet *slots
     makeTarget(job,shadow);
     slotMigTarget *t = job->tgt;
     t->relayed = 1;
+    t->master = server.master->id;
     t->pipe = fds[0];
     anetNonBlock(NULL,fds[0]);
     anetNonBlock(NULL,fds[1]);
@@ -1251,6 +1257,10 @@ static void stepOfReplica(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     monotime until = slotmigSliceEnd();
     sds error;
+    if (!slotmigReplicaFollows(job)) {
+        slotmigFail(job,SLOTMIG_FAILED,sdsnew("this replica copies everything anew"));
+        return;
+    }
     if (job->state == SLOTMIG_PREPARED) return;
     startLoaderThread(job);
     if (slotmigEnded(job)) return;
@@ -1410,7 +1420,10 @@ void slotmigTargetFree(slotMigJob *job) {
         slotmigLinkSend(t->stream,sdscatsds(f,job->last_error));
     }
     slotmigLinkFree(t->stream);
-    if (t->relaying && job->state != SLOTMIG_DONE) slotmigRelayBytes(job,RELAY_ABORT,job->last_error,sdslen(job->last_error));
+    if (t->relaying && job->state != SLOTMIG_DONE) {
+        slotmigRelayBytes(job,RELAY_ABORT,job->last_error,sdslen(job->last_error));
+        slotmigWasLastWord(job);
+    }
     if (t->relayed && job->state != SLOTMIG_DONE) slotmigAnswerMaster(job->id,RELAY_LOST,0,job->last_error);
     closePipe(t);
     listRelease(t->to_relay);

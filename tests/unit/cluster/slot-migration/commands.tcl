@@ -5,7 +5,7 @@ source tests/support/slot_migration.tcl
 set ::fields {
     id slots source target role state reason attempt keys-total keys-done bytes-total bytes-done rate eta-ms
     stream-bytes stream-lag-bytes retries last-error created-ms started-ms ended-ms phase-ms write-pause-us
-    held held-for paused rate-limit writers-rate-limit trimmed
+    held held-for paused rate-limit wait-replicas writers-rate-limit trimmed
 }
 
 proc assert_refused {why n args} {
@@ -399,16 +399,24 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         R 0 acl deluser operator
     }
 
+    test "A replica that runs an unpatched server is refused by name, on both sides" {
+        fresh
+        with_vanilla_node {
+            $vanilla cluster replicate $id0
+            wait_for_condition 1000 10 {[getInfoProperty [$vanilla info replication] master_link_status] eq "up"} else {fail "no replica"}
+            assert_refused "*$id0 has a replica at*cannot take part*" 0 slotsrange 5 5 node $id2
+            assert_refused "*the target $id0*refuses*has a replica at*" 2 slotsrange 12000 12000 node $id0
+        }
+    }
+
     # The last one: it turns a node into a replica.
-    test "A node with a replica is refused by name as source and target, a replica too" {
+    test "A replica is refused by name as source and as target" {
         fresh
         move_slots 1 0 5462 10922
         wait_for_condition 500 10 {[string match "*slave*" [cluster_get_myself 1]] || [R 1 dbsize] == 0} else {fail "no"}
         if {[dict get [cluster_get_myself 1] slaveof] ne $id0} {R 1 cluster replicate $id0}
         wait_for_condition 1000 10 {[status [Rn 1] master_link_status] eq "up"} else {fail "no replica"}
         wait_for_condition 500 10 {[dict get [lindex [lsearch -all -inline [get_cluster_nodes 2] "*id $id1*"] 0] slaveof] eq $id0} else {fail "unseen"}
-        assert_refused "*$id0 has replicas*" 0 slotsrange 5 5 node $id2
-        assert_refused "*the target $id0*refuses*has replicas*" 2 slotsrange 12000 12000 node $id0
         assert_refused "*is a replica: name its master*" 2 slotsrange 12000 12000 node $id1
         assert_error "*this node is a replica*" {R 1 cluster migrate-slots slotsrange 5 5 node $id2}
     }

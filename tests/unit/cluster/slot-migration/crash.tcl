@@ -19,11 +19,13 @@ proc fill {} {
 # After a crash of one of them: all agree on one owner, whose slots are as they
 # were, and nobody else has keys of them.
 proc assert_owned_by {owner before} {
+    foreach n {0 1 2} {
+        wait_for_condition 2000 10 {[jobs_running $n] == 0} else {fail "node $n goes on: [R $n cluster slot-migrations]"}
+    }
     wait_cluster_agrees
     foreach slot {3 10} {assert_equal $owner [slot_owner 1 $slot]}
     assert_same_dump $before [slots_dump $owner $::slots]
     foreach n {0 1 2} {
-        wait_for_condition 1000 10 {[jobs_running $n] == 0} else {fail "node $n goes on: [R $n cluster slot-migrations]"}
         if {$n != $owner} {assert_equal 0 [R $n dbsize] "keys at node $n"}
     }
     foreach slot $::slots {assert_equal 1 [R $owner append [key_in $slot probe] x]}
