@@ -43,6 +43,8 @@ void slotmigShutdown(void);             /* before the process exits: ends thread
 char *slotmigInfo(char *info);          /* sds in, sds out: fields of CLUSTER INFO */
 char *slotmigInfoMemory(char *info);    /* the same, of INFO memory */
 void slotmigResetStats(void);           /* CONFIG RESETSTAT */
+int slotmigPauseHistograms(struct client *c, const char *name); /* adds to the reply of LATENCY HISTOGRAM; how many */
+char *slotmigPauseInfoLatency(char *info); /* sds in, sds out: lines of INFO latencystats */
 size_t slotmigNotCountedMemory(void);   /* bytes that must not make this node evict */
 
 /* ---- commands: returns 1 when the CLUSTER subcommand was ours ---- */

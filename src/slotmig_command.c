@@ -347,7 +347,7 @@ static void replyJob(client *c, slotMigJob *job) {
     char me[CLUSTER_NAMELEN+1] = {0};
     memcpy(me,myself,CLUSTER_NAMELEN);
 
-    addReplyMapLen(c,30);
+    addReplyMapLen(c,33);
     replyText(c,"id",job->id);
     replyText(c,"slots",job->ranges);
     replyText(c,"source",job->role == SLOTMIG_SOURCE ? me : job->peer);
@@ -379,6 +379,9 @@ static void replyJob(client *c, slotMigJob *job) {
         replyNumber(c,slotmig_state_names[i],job->phase_ms[i] + ((mstime_t)job->state == i ? now - job->state_since : 0));
     }
     replyNumber(c,"write-pause-us",job->write_pause_us);
+    replyNumber(c,"take-over-us",job->take_over_us);
+    replyNumber(c,"fsync-us",job->fsync_us);
+    replyNumber(c,"hand-off-us",job->hand_off_us);
     replyNumber(c,"held",job->control.held);
     replyNumber(c,"held-for",job->held_since ? now - job->held_since : 0);
     replyNumber(c,"paused",job->control.paused);

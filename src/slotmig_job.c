@@ -135,6 +135,8 @@ slotMigJob *slotmigCreateJob(slotMigRole role, const char *id, const slotSet *sl
     job->last_error = sdsempty();
     job->created = job->state_since = mstime();
     job->writers_rate = job->control.wait_replicas = -1;
+    job->take_over_us = job->fsync_us = job->hand_off_us = -1;
+    if (role == SLOTMIG_TARGET) job->write_pause_us = -1;
     listAddNodeTail(slotmig_jobs,job);
     slotmig_jobs_active++;
     slotmigWantTimer();
@@ -235,7 +237,7 @@ void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason) {
         stats.done++;
         if (job->role == SLOTMIG_SOURCE) stats.keys_out += job->trimmed;
         else stats.keys_in += job->keys_done;
-        if ((unsigned long long)job->write_pause_us > stats.longest_pause_us)
+        if (job->role == SLOTMIG_SOURCE && (unsigned long long)job->write_pause_us > stats.longest_pause_us)
             stats.longest_pause_us = job->write_pause_us;
     } else if (state == SLOTMIG_FAILED) {
         stats.failed++;
@@ -297,6 +299,7 @@ static void turnEnds(void) {
 
 void slotmigResetStats(void) {
     memset(&longest_turn,0,sizeof(longest_turn));
+    slotmigPauseReset();
 }
 
 /* ---- what makes jobs go on ---- */
@@ -587,7 +590,7 @@ sds slotmigInfo(sds info) {
         out,in,stats.done,stats.failed,stats.cancelled,stats.keys_out,stats.keys_in,
         stats.longest_pause_us,longest_turn.us,longest_turn.cpu_us,work_names[longest_turn.most],work);
     sdsfree(work);
-    return info;
+    return slotmigPauseInfo(info);
 }
 
 static void addMemory(slotMigJob *job, struct slotMigMemory *m) {

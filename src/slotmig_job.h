@@ -88,7 +88,9 @@ typedef struct slotMigJob {
     unsigned long long stream_bytes;    /* of the stream: sent (source), received (target) */
     unsigned long long stream_applied;  /* of the stream: applied by the target */
     uint64_t attempt;                   /* n of HANDOFF.md: grows with each cut */
-    long long write_pause_us;
+    long long write_pause_us;           /* of the last attempt */
+    long long take_over_us, fsync_us, hand_off_us;  /* see slotmig_pause.c; -1: not known */
+    monotime served_at;
     /* What the operator wants of it. Each change raises the version; the two nodes tell each other. */
     struct slotMigControl {
         uint64_t version;
@@ -156,6 +158,15 @@ typedef enum { SLOTMIG_WORK(X) WORK_COUNT } slotMigWork;
 #undef X
 slotMigWork slotmigWork(slotMigWork what);          /* what was going on before */
 
+/* ---- how long writers wait (slotmig_pause.c) ---- */
+
+void slotmigPauseFenceDown(slotMigJob *job, monotime fenced_at);
+void slotmigPauseServed(slotMigJob *job, monotime commit_at);
+void slotmigPauseDurable(slotMigJob *job);
+void slotmigPauseTaken(slotMigJob *job, monotime fenced_at, uint64_t take_over_us, uint64_t fsync_us);
+void slotmigPauseReset(void);
+sds slotmigPauseInfo(sds info);
+
 /* ---- links: frames over a connection (slotmig_link.c) ---- */
 
 typedef enum {
@@ -164,13 +175,13 @@ typedef enum {
     FRAME_OPS,              /* u64 end offset, u32 n, n x { u16 slot, u32 argc, argc x { u32 len, bytes } };
                              * slot SLOT_ALL_FLUSHED with no arguments: all keys of the job were flushed here */
     FRAME_CUT,              /* u64 n, u64 offset, u64 configEpoch, u64 currentEpoch */
-    FRAME_COMMIT,           /* u64 n */
+    FRAME_COMMIT,           /* u64 n, u64 us of the write pause */
     FRAME_DISCARD,          /* u64 n: this attempt is off, the job goes on */
     FRAME_ABORT,            /* u8 cancelled, text: the job is off */
     /* target to source */
     FRAME_ACK,              /* u64 keys done, u64 snapshot bytes, u64 stream bytes applied, u8 complete */
     FRAME_PREPARED,         /* u64 n, u64 epoch, u32 slots, slots x { u16 slot, u64 keys, u64 expires } */
-    FRAME_TAKEN,            /* u64 n, u64 epoch */
+    FRAME_TAKEN,            /* u64 n, u64 epoch, u64 us of the take-over, u64 us of the fsync */
     FRAME_LOST,             /* u64 n, text: a commit that could not be taken */
     FRAME_FAIL,             /* u8 cancelled, text: the job failed at the target */
     /* both */

@@ -798,6 +798,7 @@ static void fenceUp(slotMigJob *job) {
 }
 
 static void fenceDown(slotMigJob *job) {
+    slotmigPauseFenceDown(job,job->src->fenced_at);
     slotSetChange(&fenced,&job->slots,0);
     if (--fences == 0) unpauseActions(PAUSE_BY_SLOT_MIGRATION);
     unblockPostponedClients();
@@ -984,7 +985,8 @@ static void commit(slotMigJob *job) {
     job->write_pause_us = getMonotonicUs() - s->fenced_at;
     slotSetChange(&closed,&job->slots,1);
     slotmigSetState(job,SLOTMIG_COMMITTED,"the target takes over");
-    slotmigLinkSend(s->stream,slotmigFrameInt(slotmigFrameStart(FRAME_COMMIT),job->attempt,8));
+    sds f = slotmigFrameInt(slotmigFrameStart(FRAME_COMMIT),job->attempt,8);
+    slotmigLinkSend(s->stream,slotmigFrameInt(f,job->write_pause_us,8));
     if (slotmigFailPoint(FP_source_after_commit) == FAILPOINT_FAIL) {
         /* As if the link broke before the last frame left. */
         slotmigLinkFree(s->stream);
@@ -1321,8 +1323,10 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
         slotmigGotControl(job,r);
         break;
     case FRAME_TAKEN: {
-        uint64_t n = frameGetInt(r,8), epoch = frameGetInt(r,8);
-        if (!r->bad && job->state == SLOTMIG_COMMITTED && n == job->attempt) handOffDone(job,epoch);
+        uint64_t n = frameGetInt(r,8), epoch = frameGetInt(r,8), take_over_us = frameGetInt(r,8), fsync_us = frameGetInt(r,8);
+        if (r->bad || job->state != SLOTMIG_COMMITTED || n != job->attempt) return;
+        slotmigPauseTaken(job,job->src->fenced_at,take_over_us,fsync_us);
+        handOffDone(job,epoch);
         break;
     }
     case FRAME_LOST: {

@@ -872,6 +872,8 @@ static void tryTaken(slotMigJob *job) {
         sds f = slotmigFrameStart(FRAME_TAKEN);
         f = slotmigFrameInt(f,t->cut_n,8);
         f = slotmigFrameInt(f,job->epoch,8);
+        f = slotmigFrameInt(f,job->take_over_us,8);
+        f = slotmigFrameInt(f,job->fsync_us,8);
         slotmigLinkSend(t->stream,f);
     }
     slotmigEndJob(job,SLOTMIG_DONE,NULL);
@@ -885,6 +887,7 @@ static void takenDurably(uint64_t unused, void *ptr) {
     sdsfree(id);
     if (job == NULL || job->state != SLOTMIG_TAKEN) return;     /* CLUSTER RESET meanwhile */
     job->tgt->durable = 1;
+    slotmigPauseDurable(job);
     tryTaken(job);
 }
 
@@ -976,6 +979,7 @@ static void reclaim(slotMigJob *job) {
 static void takeOver(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     clusterNode *myself = server.cluster->myself;
+    monotime began = getMonotonicUs();
     slotMigWork was = slotmigWork(WORK_takeover);
     serverAssert(job->state == SLOTMIG_PREPARED && t->shadow);
     slotmigDialCancel(t->ask);
@@ -1017,6 +1021,7 @@ static void takeOver(slotMigJob *job) {
     slotmigSetState(job,SLOTMIG_TAKEN,"the new slot map goes to the disk");
     slotmigConfigToDisk(job->id,takenDurably);
     unblockPostponedClients();
+    slotmigPauseServed(job,began);
     slotmigWork(was);
 }
 
@@ -1026,10 +1031,14 @@ void slotmigTargetForce(slotMigJob *job) {
 }
 
 static void gotCommit(slotMigJob *job, frameReader *r) {
-    uint64_t n = frameGetInt(r,8);
+    uint64_t n = frameGetInt(r,8), pause_us = frameGetInt(r,8);
     if (r->bad) return;
-    if (job->state == SLOTMIG_PREPARED && n == job->tgt->cut_n) takeOver(job);
-    else r->bad = 1;
+    if (job->state == SLOTMIG_PREPARED && n == job->tgt->cut_n) {
+        job->write_pause_us = pause_us;
+        takeOver(job);
+    } else {
+        r->bad = 1;
+    }
 }
 
 static void askDone(connection *conn, const char *line, const char *error, void *arg) {

@@ -5,6 +5,7 @@ source tests/support/slot_migration.tcl
 set ::fields {
     id slots source target role state reason attempt keys-total keys-done bytes-total bytes-done rate eta-ms
     stream-bytes stream-lag-bytes retries last-error created-ms started-ms ended-ms phase-ms write-pause-us
+    take-over-us fsync-us hand-off-us
     held held-for paused rate-limit wait-replicas writers-rate-limit trimmed
 }
 
