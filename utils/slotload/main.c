@@ -57,6 +57,8 @@ static const char *help =
 "                                or SIGUSR1 (before, during, after)\n"
 "         --status FILE          rewritten twice a second: phase, operations a second, p99 and\n"
 "                                max in ms since the last time, MOVED, ASK, failures so far\n"
+"         --laps FILE            a line for each \"lap\" on standard input: slowest write and longest\n"
+"                                time without one on moving slots since the last, in microseconds\n"
 "         --retry-for X          seconds until an operation is given up, 10\n"
 "         --timeout X            seconds until a silent connection is closed, 20\n"
 "         --drain X              seconds to wait for the last answers, 15\n"
@@ -190,6 +192,7 @@ static void parseOption(const char *o, const char *v) {
     else if (!strcmp(o, "--timeout")) opt.cluster.timeout = (int64_t)(1e6*parseNumber(o, v, 0.1, 1e5));
     else if (!strcmp(o, "--drain")) opt.drain = parseNumber(o, v, 0, 1e5);
     else if (!strcmp(o, "--journal")) opt.journal = v;
+    else if (!strcmp(o, "--laps")) opt.laps = v;
     else if (!strcmp(o, "--list")) opt.list = v;
     else if (!strcmp(o, "--exclude")) opt.exclude = v;
     else die("no such option: %s (--help)", o);

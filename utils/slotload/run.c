@@ -18,6 +18,8 @@
  * Two numbers tell how long the moving slots took no write:
  *   longest_write_us  the slowest write, from its intended start;
  *   longest_gap_us    the longest time in which none of them took any write.
+ * For many moves in one run, "lap" on standard input ends a lap: both numbers of it
+ * are one more line in the file of --laps.
  *
  * Reads check what they get: a counter or a pair must not be older than what
  * was acknowledged before the read was sent, a key of the data set must exist.
@@ -64,6 +66,8 @@ static phase phases[MAX_PHASES];
 static int phaseCount;
 static int current;                     /* Index into phases. */
 static int64_t lastWrite[SETS];
+static int64_t lapWrite, lapGap;        /* Of the moving slots, in this lap. */
+static FILE *laps;
 static struct hdr_histogram *interval;  /* Since the last line of state. */
 static long long intervalDone;
 static long long *dataKeys[SETS];
@@ -151,6 +155,10 @@ static void succeed(request *rq) {
         phase *here = &phases[current];
         if (lastWrite[set] && now - lastWrite[set] > here->longestGap[set])
             here->longestGap[set] = now - lastWrite[set];
+        if (set == SET_MOVING) {
+            if (took > lapWrite) lapWrite = took;
+            if (lastWrite[set] && now - lastWrite[set] > lapGap) lapGap = now - lastWrite[set];
+        }
         lastWrite[set] = now;
     }
 }
@@ -323,11 +331,18 @@ static void onSignal(int number) {
     else stopSignal = 1;
 }
 
+/* A write that is still waiting counts in the lap in which it ends. */
+static void endLap(void) {
+    if (laps) fprintf(laps, "%lld %lld\n", (long long)lapWrite, (long long)lapGap);
+    lapWrite = lapGap = 0;
+}
+
 static void obey(char *line, int64_t now) {
     char name[24];
     double rate;
     if (sscanf(line, "phase %23s", name) == 1) enterPhase(name, now);
     else if (sscanf(line, "rate %lf", &rate) == 1 && rate > 0) opt.rate = rate;
+    else if (!strcmp(line, "lap")) endLap();
     else if (!strncmp(line, "stop", 4)) stopSignal = 1;
     else if (line[0]) fprintf(stderr, "slotload: not understood: %s\n", line);
 }
@@ -496,6 +511,7 @@ int commandRun(void) {
     if (verdict.unread) die("run: %lld keys could not be read to begin with", verdict.unread);
     findDataKeys();
     interval = newHistogram();
+    if (opt.laps && !(laps = fopen(opt.laps, "w"))) die("cannot write %s", opt.laps);
     memset(clusterRedirections, 0, sizeof(clusterRedirections));
 
     signal(SIGINT, onSignal);
@@ -538,6 +554,8 @@ int commandRun(void) {
 
     endPhase(nowUs());
     stopping = 1;
+    if (laps && fclose(laps) != 0) die("cannot write %s", opt.laps);
+    laps = NULL;
     int64_t drainEnd = nowUs() + (int64_t)(opt.drain*1e6);
     while (clusterPending() && nowUs() < drainEnd) clusterPoll(nowUs() + 10000, -1, NULL);
     clusterAbandon("no answer before the end of the run");

@@ -141,6 +141,7 @@ typedef struct options {
     const char *firstPhase;
     const char *status;                 /* File with a line of the present state. */
     const char *journal;
+    const char *laps;                   /* File with a line for each lap. */
     double drain;
     int noVerify;
     /* digest */
