@@ -8,6 +8,8 @@
  * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
  * Public License v3 (AGPLv3), see LICENSE. */
 
+#define KVSTORE_FEW_DICTS 64    /* up to so many, moving each costs less than looking at all places */
+
 /* Account for `delta` keys that came or went at once in dict `didx`, which has
  * them already (or no more). cumulativeKeyCountAdd() only counts one by one. */
 static void kvstoreAccountDict(kvstore *kvs, int didx, long long delta) {
@@ -92,12 +94,20 @@ void kvstoreMoveDict(kvstore *src, int sidx, kvstore *dst, int didx) {
 }
 
 /* Move every dict of `src` to the same place of `dst`, as kvstoreMoveDict() would,
- * but with the sums moved once: for many dicts in one turn of the event loop.
+ * but with the sums moved once when there are many: in one turn of the event loop.
  * `src` is left without dicts. Both have the same number of places. */
 void kvstoreMoveAll(kvstore *src, kvstore *dst) {
     assert(src->num_dicts == dst->num_dicts);
     assert((src->flags & KVSTORE_ALLOC_META_KEYS_HIST) == (dst->flags & KVSTORE_ALLOC_META_KEYS_HIST));
     if (src->allocated_dicts == 0) return;
+    if (src->allocated_dicts <= KVSTORE_FEW_DICTS && src->allocated_dicts == src->non_empty_dicts) {
+        /* The tree finds them without a walk over all places. */
+        while (src->non_empty_dicts) {
+            int i = kvstoreGetFirstNonEmptyDictIndex(src);
+            kvstoreMoveDict(src,i,dst,i);
+        }
+        return;
+    }
     for (int i = 0; i < src->num_dicts; i++) {
         dict *d = src->dicts[i], *old = dst->dicts[i];
         if (i+8 < src->num_dicts && src->dicts[i+8]) __builtin_prefetch(src->dicts[i+8],1);
@@ -136,8 +146,11 @@ void kvstoreMoveAll(kvstore *src, kvstore *dst) {
         memset(from,0,sizeof(*from));
     }
     if (src->num_dicts > 1) {   /* the tree is a sum of its dicts */
-        for (int i = 1; i <= src->num_dicts; i++) dst->dict_size_index[i] += src->dict_size_index[i];
-        memset(src->dict_size_index,0,sizeof(*src->dict_size_index)*(src->num_dicts+1));
+        for (int i = 1; i <= src->num_dicts; i++) {
+            if (src->dict_size_index[i] == 0) continue;     /* pages that were never touched stay so */
+            dst->dict_size_index[i] += src->dict_size_index[i];
+            src->dict_size_index[i] = 0;
+        }
     }
 }
 

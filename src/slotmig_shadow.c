@@ -177,8 +177,7 @@ unsigned long long slotmigShadowMerge(slotMigShadow *s) {
     unsigned long long keys = kvstoreSize(s->db.keys);
     kvstoreMoveAll(s->db.keys,db->keys);
     kvstoreMoveAll(s->db.expires,db->expires);
-    kvstoreRelease(s->db.keys);
-    kvstoreRelease(s->db.expires);
+    freeStoresInBackground(s->db.keys,s->db.expires,ebCreate());    /* empty, but large */
     freeWaitingDicts(&s->db);
     s->state = SHADOW_DRAINING;
     return keys;
