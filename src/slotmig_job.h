@@ -179,7 +179,8 @@ typedef enum {
     FRAME_DISCARD,          /* u64 n: this attempt is off, the job goes on */
     FRAME_ABORT,            /* u8 cancelled, text: the job is off */
     /* target to source */
-    FRAME_ACK,              /* u64 keys done, u64 snapshot bytes, u64 stream bytes applied, u8 complete */
+    FRAME_ACK,              /* u64 keys done, u64 snapshot bytes, u64 stream bytes applied,
+                             * u8 0: loading, 1: all sections are there, 2: at its replicas, too */
     FRAME_PREPARED,         /* u64 n, u64 epoch, u32 slots, slots x { u16 slot, u64 keys, u64 expires } */
     FRAME_TAKEN,            /* u64 n, u64 epoch, u64 us of the take-over, u64 us of the fsync */
     FRAME_LOST,             /* u64 n, text: a commit that could not be taken */
@@ -343,6 +344,7 @@ int slotmigToldCount(slotMigJob *job, slotMigWord word, uint64_t n);
 sds slotmigNotTold(slotMigJob *job, slotMigWord word, uint64_t n);
 int slotmigBehind(slotMigJob *job, slotMigWord word, uint64_t n);
 int slotmigLostCount(slotMigJob *job);
+int slotmigHaveSnapshot(slotMigJob *job);
 size_t slotmigRelayRoom(slotMigJob *job);
 void slotmigAnswerMaster(const char *id, slotMigWord word, uint64_t n, const char *text);
 void slotmigRelayed(client *c);

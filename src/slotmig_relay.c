@@ -296,6 +296,11 @@ int slotmigLostCount(slotMigJob *job) {
     return count;
 }
 
+/* Connected replicas that have got all of the snapshot that was relayed. */
+int slotmigHaveSnapshot(slotMigJob *job) {
+    return slotmigToldCount(job,RELAY_DATA,job->relayed);
+}
+
 /* Bytes of the snapshot that may be relayed now. */
 size_t slotmigRelayRoom(slotMigJob *job) {
     size_t window = server.repl_backlog_size/RELAY_WINDOW_SHARE;

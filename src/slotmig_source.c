@@ -128,6 +128,7 @@ struct slotMigSource {
     mstime_t next_ask;
     uint64_t cut_epoch;             /* of ours, that CUT told */
     mstime_t told_again;
+    int target_ready;               /* with as many replicas as are wanted */
     int recorded;                   /* nodes.conf with the job's record: 1: being written, 2: on the disk */
     char asked[CLUSTER_NAMELEN+1];  /* the node that `ask` goes to */
     int trim_slot;                  /* next to trim, -1: none is left */
@@ -879,6 +880,10 @@ static void tryFence(slotMigJob *job) {
         if (job->writers_rate == -1) slotmigSetReason(job,"the target lags %llu bytes behind the writes",lag);
         return;
     }
+    if (!s->target_ready) {
+        slotmigSetReason(job,"the target waits for its replicas: its CLUSTER SLOT-MIGRATIONS tells for how many");
+        return;
+    }
     if (behind(job) > BEHIND_MAX) {
         if (job->writers_rate == -1)
             slotmigSetReason(job,"the target is %lld ms behind the writes",(long long)behind(job));
@@ -1306,6 +1311,7 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
         job->bytes_done = bytes;
         job->stream_applied = applied;
         measureRates(job);
+        job->src->target_ready = complete == 2;
         if (complete && job->state == SLOTMIG_SNAPSHOT) {
             job->bytes_total = bytes;
             slotmigSetState(job,SLOTMIG_STREAMING,NULL);

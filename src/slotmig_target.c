@@ -1333,6 +1333,19 @@ static void targetClosed(slotMigJob *job, const char *why) {
 
 /* ---- the step ---- */
 
+/* A hand-off before would make writers wait for the replicas. */
+static int replicasAreReady(slotMigJob *job) {
+    int want = wantedReplicas(job), have;
+    if (want == 0) return 1;
+    have = job->tgt->relaying && listLength(job->tgt->to_relay) == 0 ? slotmigHaveSnapshot(job) : 0;
+    if (have < want && job->state == SLOTMIG_FOLLOWING)
+        slotmigSetReason(job,"%d of %d replicas have the snapshot: it needs %d (cluster-slot-migration-wait-replicas)",
+            have,server.cluster->myself->numslaves,want);
+    else if (have >= want && job->state == SLOTMIG_FOLLOWING && strstr(job->reason,"replicas have the snapshot"))
+        slotmigSetReason(job,"%s","");
+    return have >= want;
+}
+
 static void sendAck(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     if (t->stream == NULL || server.mstime - t->last_ack < (t->all_ready ? ACK_PERIOD_SHORT : ACK_PERIOD)) return;
@@ -1341,7 +1354,7 @@ static void sendAck(slotMigJob *job) {
     f = slotmigFrameInt(f,job->keys_done,8);
     f = slotmigFrameInt(f,job->bytes_done,8);
     f = slotmigFrameInt(f,job->stream_applied,8);
-    f = slotmigFrameInt(f,t->all_ready,1);
+    f = slotmigFrameInt(f,t->all_ready ? 1+replicasAreReady(job) : 0,1);
     slotmigLinkSend(t->stream,f);
 }
 
