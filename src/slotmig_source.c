@@ -200,8 +200,10 @@ clusterNode *slotmigSlotOwner(int slot, clusterNode *owner) {
     return slotmigPeer(job);    /* forgotten: nobody */
 }
 
-int slotmigKeepsMaster(void) {
-    return closed.count != 0 || slotmigAnyRecord();
+/* (A successor of its own shard is followed at once.) */
+int slotmigKeepsMaster(clusterNode *newmaster) {
+    if (closed.count == 0 && !slotmigAnyRecord()) return 0;
+    return !slotmigSameLineage(newmaster,server.cluster->myself->name);
 }
 
 /* Bound to the target, not to nobody: a slot of nobody would bring this node
