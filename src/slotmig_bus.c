@@ -187,3 +187,17 @@ int slotmigShardMates(const char *name) {
     dictReleaseIterator(di);
     return mates;
 }
+
+/* A node of its shard, itself or another, that is not FAIL. NULL: there is none. */
+clusterNode *slotmigAliveInShard(const char *name) {
+    clusterNode *n = clusterLookupNode(name,CLUSTER_NAMELEN), *alive = NULL;
+    if (n == NULL) return NULL;
+    dictIterator *di = dictGetSafeIterator(server.cluster->nodes);
+    dictEntry *de;
+    while ((de = dictNext(di)) != NULL) {
+        clusterNode *node = dictGetVal(de);
+        if (!memcmp(node->shard_id,n->shard_id,CLUSTER_NAMELEN) && !nodeFailed(node)) alive = node;
+    }
+    dictReleaseIterator(di);
+    return alive;
+}

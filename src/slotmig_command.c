@@ -3,6 +3,7 @@
  *   CLUSTER MIGRATE-SLOTS SLOTSRANGE start end [start end ...] NODE target-id
  *           [SLOTSRANGE ... NODE ...] [RATE n] [HOLD] [WAITREPLICAS n]      array of job ids
  *   CLUSTER ALTER-SLOT-MIGRATION ID job-id [RATE n] [WAITREPLICAS n] [HOLD | RELEASE] [PAUSE | RESUME]
+ *   CLUSTER ALTER-SLOT-MIGRATION ID job-id TAKEOVER
  *   CLUSTER SLOT-MIGRATIONS [ID job-id]             array of maps, newest first
  *   CLUSTER CANCEL-SLOT-MIGRATIONS ID job-id [FORCE] | ALL      how many
  *
@@ -428,6 +429,13 @@ static void alterSlotMigration(client *c) {
     }
     slotMigJob *job = jobOrReply(c,c->argv[3]);
     if (job == NULL) return;
+    if (c->argc == 5 && !strcasecmp(c->argv[4]->ptr,"takeover")) {
+        sds error = slotmigTargetTakeOverAlone(job);
+        if (error) addReplyErrorFormat(c,"%s",error);
+        else addReply(c,shared.ok);
+        sdsfree(error);
+        return;
+    }
     struct slotMigControl control = job->control;
     sds error = parseControl(c,&at,1,&control);
     if (error == NULL && (slotmigEnded(job) || job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED || job->state == SLOTMIG_TRIMMING ||

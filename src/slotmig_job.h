@@ -292,6 +292,7 @@ void slotmigReplicaPrepare(slotMigJob *job, uint64_t n, uint64_t epoch, uint64_t
 void slotmigReplicaDiscard(slotMigJob *job, uint64_t n);
 int slotmigReplicaTakeOver(slotMigJob *job, uint64_t n, uint64_t epoch);    /* 0: it has not all of it */
 void slotmigTargetForce(slotMigJob *job);           /* discard although bound */
+sds slotmigTargetTakeOverAlone(slotMigJob *job);    /* without the source's word; NULL: done */
 void slotmigTargetFree(slotMigJob *job);
 slotMigLink *slotmigTargetStream(slotMigJob *job);
 
@@ -310,6 +311,7 @@ void slotmigPingMasters(void);
 clusterNode *slotmigLineageMaster(const char *name);
 int slotmigSameLineage(const clusterNode *n, const char *name);
 int slotmigShardMates(const char *name);
+clusterNode *slotmigAliveInShard(const char *name);
 
 /* ---- records of hand-offs (slotmig_record.c) ---- */
 

@@ -1030,6 +1030,25 @@ void slotmigTargetForce(slotMigJob *job) {
     slotmigFail(job,SLOTMIG_CANCELLED,sdsnew("discarded by force"));
 }
 
+/* For an operator whose source is gone with all its replicas. Its last claim may be
+ * above the reserved epoch: a new one. NULL: done, else why not (the caller's). */
+sds slotmigTargetTakeOverAlone(slotMigJob *job) {
+    if (job->role != SLOTMIG_TARGET || job->state != SLOTMIG_PREPARED || slotmigIsRelayed(job))
+        return sdscatprintf(sdsempty(),"slot migration %s is %s here: only a prepared target can take over without its source",
+            job->id,slotmig_state_names[job->state]);
+    clusterNode *alive = slotmigAliveInShard(job->peer);
+    if (job->tgt->stream || alive)
+        return sdscatprintf(sdsempty(),"node %.40s of the source's shard is alive: it decides",alive ? alive->name : job->peer);
+    slotmigBeforeEpochRaise();
+    job->epoch = ++server.cluster->currentEpoch;
+    serverLog(LL_WARNING,"Slot migration %.8s: taken over by force, without the source",job->id);
+    sds id = sdsnew(job->id);
+    takeOver(job);
+    job = slotmigFindJob(id);
+    sdsfree(id);
+    return job->state == SLOTMIG_FAILED ? sdsdup(job->last_error) : NULL;
+}
+
 static void gotCommit(slotMigJob *job, frameReader *r) {
     uint64_t n = frameGetInt(r,8), pause_us = frameGetInt(r,8);
     if (r->bad) return;
