@@ -44,8 +44,8 @@
  * shard. Two jobs at once. The stream, its resumption and the snapshot. The FORCE commands and
  * CLUSTER FAILOVER TAKEOVER. Time: "fresh" is exact when it is asked. Split votes. Gossip
  * between the four by any way but V. A number n is never used twice. RESOLVED is on disk
- * before S trims or acknowledges; TAKEN before T serves (so no write is acknowledged by a T that
- * forgets that it took; LATE_TAKEN tries the other order, see below).
+ * before S trims or acknowledges. So is TAKEN before T serves: that a T which served restarts
+ * and has forgotten that it took is not in the model.
  *
  * From action to code. An action that has a fail point (src/slotmig_job.h) bears its name: the
  * fail point is hit where the action begins, so what a test does there is what happens between
@@ -67,7 +67,15 @@
  *   adopt                   T' owns X by whatever path: it merges; also T defends
  *   ask_target, reopen      S asks T's shard, hears "discarded"          askTarget
  *   ask_source              T asks S's shard, hears "discarded"          slotmigTargetStep
- *   claim_up, claim_down    the cluster bus: a node to V, V to a node
+ *   claim_up, claim_down    the cluster bus: a node to V, V to a node (hear_claim: T to S)
+ *
+ * -DLAST_SLOT: X is all that S has. Then (cluster_legacy.c) a replica whose map gives X away
+ * has a master without slots and cannot be elected; upstream would make S and S' replicas of T
+ * when they see its claim, which the protocol puts off until RESOLVED (NO_STAY); S and S' may
+ * hear T's claim before the majority does; and a crash is for good, so that it matters that S'
+ * too may tell "committed" (NO_REPLANS). What stays open: S dead for good after the commit, S'
+ * without COMMIT, T dead for good after its claim reached S' and nobody else. T' then waits
+ * for the operator.
  *
  * Mutations: each NO_... below takes out one guard. How to read a trail, and how to add one:
  * tests/README.md. */
@@ -487,6 +495,19 @@ inline claim_up(i) {
   if :: n[i].owner == (i) && n[V].owner == (i) -> n[i].seen = 1 :: else fi
 }
 
+inline see_claim(i) {       /* of T's shard, at a node of S's */
+#if defined(LAST_SLOT) && defined(NO_STAY)  /* S and S' stay what they are until RESOLVED */
+  n[i].data = 0; n[i].src = OPEN; n[i].committed = 0; n[i].synced = 0
+#else
+  skip
+#endif
+}
+#define can_hear_claim(i,t) (n[i].alive && n[t].alive && n[t].master && n[t].owner == (t) && n[t].epoch > n[i].epoch)
+inline hear_claim(i,t) {
+  if :: n[t].current > n[i].current -> n[i].current = n[t].current :: else fi;
+  n[i].owner = t; n[i].epoch = n[t].epoch; see_claim(i)
+}
+
 #define COLLIDES(i) (n[V].epoch == n[i].epoch && n[i].owner == (i) && n[V].owner != (i) && n[i].master && !n[i].replaced)
 #define can_claim_down(i) (n[i].alive && !n[i].failed && n[i].current < EPOCHS && \
     (n[V].current > n[i].current || n[V].epoch > n[i].epoch || COLLIDES(i)))
@@ -508,6 +529,7 @@ inline claim_down(i) {
         fi
      :: else
      fi;
+     if :: (i) < T && n[i].owner < T && n[V].owner >= T -> see_claim(i) :: else fi;
      n[i].owner = n[V].owner; n[i].epoch = n[V].epoch
   :: COLLIDES(i) -> n[i].current++; n[i].epoch = n[i].current
   :: else
@@ -517,7 +539,16 @@ inline claim_down(i) {
 /* ---- failover ---- */
 
 #define VOTED(i) (n[i].owner/2 != SHARD(i) || n[V].epoch <= n[i].epoch)
-#define can_promote(i) (n[i].alive && !n[i].failed && !n[i].master && n[i].synced && n[PEER(i)].master && \
+#ifdef LAST_SLOT
+#define ELECTABLE(i) ((i) >= T || n[i].owner < T)
+#define RESTARTS 0
+#define KNOWS(i) (n[i].alive && n[i].committed != 0)
+#else
+#define ELECTABLE(i) 1
+#define RESTARTS 1
+#define KNOWS(i) 0
+#endif
+#define can_promote(i) (ELECTABLE(i) && n[i].alive && !n[i].failed && !n[i].master && n[i].synced && n[PEER(i)].master && \
     GONE(i) && VOTED(i) && n[i].current < EPOCHS && n[V].current < EPOCHS)
 inline promote(i) {
   excuse(PEER(i)); cut_link(SHARD(i));
@@ -595,8 +626,8 @@ inline restart(i,old) {
   if :: (i) >= T && n[i].tgt == PREPARED -> n[i].tgt = COPYING; n[i].data = 0 :: else fi;
   if :: (i) >= T -> n[i].discarded = 0 :: else fi
 }
-#define can_restart_(i) (!n[i].alive)
-#define can_restart_old(i) (!n[i].alive && n[i].master && (n[i].src != OPEN || (n[i].owner == (i) && n[i].attempt != 0)))
+#define can_restart_(i) (RESTARTS && !n[i].alive)
+#define can_restart_old(i) (RESTARTS && !n[i].alive && n[i].master && (n[i].src != OPEN || (n[i].owner == (i) && n[i].attempt != 0)))
 inline restart_(i) { restart(i,0) }
 inline restart_old(i) { restart(i,1) }
 
@@ -614,8 +645,13 @@ inline lose_commit(s,t) { breaks++; commit[WIRE(s,t)] = 0 }
 #define LIVE(i) (n[i].alive && n[i].master && !n[i].replaced)
 #define SERVERS ((RIGHTLY(S)->1:0) + (RIGHTLY(S2)->1:0) + (RIGHTLY(T)->1:0) + (RIGHTLY(T2)->1:0))
 #define UNDECIDED(i) (LIVE(i) && (n[i].src != OPEN || n[i].tgt == PREPARED))
-#define GOOD (!((LIVE(S) || LIVE(S2)) && (LIVE(T) || LIVE(T2))) || \
-    (SERVERS == 1 && !UNDECIDED(S) && !UNDECIDED(S2) && !UNDECIDED(T) && !UNDECIDED(T2)))
+#ifdef LAST_SLOT            /* S keeps its copy until T has a replica again */
+#define DECIDED 1
+#else
+#define DECIDED (!UNDECIDED(S) && !UNDECIDED(S2) && !UNDECIDED(T) && !UNDECIDED(T2))
+#endif
+#define GOOD (!((LIVE(S) || LIVE(S2) || KNOWS(S) || KNOWS(S2)) && (LIVE(T) || LIVE(T2))) || \
+    (SERVERS == 1 && DECIDED))
 
 #define SAY_APPLIED printf("applied "); \
   if \
@@ -663,6 +699,9 @@ init {
   PAIR(ask_source)
   ANY(claim_up)
   ANY(claim_down)
+#ifdef LAST_SLOT
+  PAIR(hear_claim)
+#endif
   ANY(promote)
   ANY(demote)
   ANY(full_sync)
