@@ -992,13 +992,13 @@ static void commit(slotMigJob *job) {
     job->write_pause_us = getMonotonicUs() - s->fenced_at;
     slotSetChange(&closed,&job->slots,1);
     slotmigSetState(job,SLOTMIG_COMMITTED,"the target takes over");
-    sds f = slotmigFrameInt(slotmigFrameStart(FRAME_COMMIT),job->attempt,8);
-    slotmigLinkSend(s->stream,slotmigFrameInt(f,job->write_pause_us,8));
     if (slotmigFailPoint(FP_source_after_commit) == FAILPOINT_FAIL) {
-        /* As if the link broke before the last frame left. */
+        /* As if the link broke before the frame left. It would leave as a last word. */
         slotmigLinkFree(s->stream);
         s->stream = NULL;
     } else {
+        sds f = slotmigFrameInt(slotmigFrameStart(FRAME_COMMIT),job->attempt,8);
+        slotmigLinkSend(s->stream,slotmigFrameInt(f,job->write_pause_us,8));
         slotmigLinkFlush(s->stream);
     }
     /* Clients that cache keys of the slots, or watch them, hear of it. */
