@@ -767,6 +767,166 @@ proc vanilla_is_known {vanilla id all} {
           [getInfoProperty [$vanilla cluster info] cluster_state] eq "ok"}
 }
 
+# ---- jobs that are held in a phase ----
+
+# A phase by its name, the state at both ends in it (-: that node is stopped), and
+# the fail point that holds it. `committed` and `bound` are the two halves of the
+# same moment: the commit is on its way, and one of the two nodes hangs.
+set ::phases_of_a_job {
+    offered    offered   -          ""
+    waiting    waiting   connecting source_before_fork
+    snapshot   snapshot  loading    target_before_section
+    streaming  streaming following  source_before_cut
+    preparing  fenced    preparing  target_before_prepared
+    prepared   fenced    prepared   source_before_commit
+    committed  committed -          source_before_commit
+    bound      -         prepared   source_before_commit
+    trimming   trimming  done       source_before_trim
+}
+
+proc phase_node {phase from to} {
+    expr {$phase in {snapshot preparing} ? $to : $from}
+}
+
+proc set_node_timeouts {ms} {
+    for {set n 0} {$n < [llength $::servers]} {incr n} {R $n config set cluster-node-timeout $ms}
+}
+
+# Start a job of these slots and hold it in the phase; its id.
+proc hold_in_phase {phase from to args} {
+    foreach {name at_source at_target point} $::phases_of_a_job {if {$name eq $phase} break}
+    set ::held_timeout [lindex [R $from config get cluster-node-timeout] 1]
+    set ::held_request ""
+    if {$phase in {offered committed bound}} {set_node_timeouts 600000}
+    if {$phase eq "offered"} {
+        set target [node_id $to]
+        pause_process [node_pid $to]
+        set ::held_request [send_command $from cluster migrate-slots slotsrange {*}$args node $target]
+        wait_for_condition 1000 10 {[CI $from cluster_slot_migrations_exporting] == 1} else {fail "no job at node $from"}
+        set id [dict get [lindex [R $from cluster slot-migrations] 0] id]
+        wait_job_state $from $id offered
+        return $id
+    }
+    failpoint [phase_node $phase $from $to] $point pause
+    if {$phase eq "bound"} {failpoint $from source_after_commit fail}
+    set id [migrate $from $to {*}$args]
+    switch $phase {
+        waiting {
+            wait_for_condition 1000 10 {[job_field $from $id reason] eq "paused before the fork"} else {fail "[job $from $id]"}
+            wait_for_condition 1000 10 {[job_field $to $id reason] eq "waiting for the source's snapshot"} else {fail "[job $to $id]"}
+        }
+        committed - bound {
+            wait_job_state $to $id prepared
+            # Its PREPARED has arrived: the fail point keeps it.
+            wait_job_state $from $id fenced
+            pause_process [node_pid $to]
+            failpoint $from $point off
+            wait_job_state $from $id committed
+            if {$phase eq "bound"} {
+                pause_process [node_pid $from]
+                resume_process [node_pid $to]
+                wait_for_condition 1000 10 {[string match "*link to the source is lost*" [job_field $to $id reason]] ||
+                                            [string match "*asking the source*" [job_field $to $id reason]]} else {fail "[job $to $id]"}
+            }
+        }
+        default {
+            wait_job_state $from $id $at_source
+            wait_job_state $to $id $at_target
+        }
+    }
+    return $id
+}
+
+# Let it go on. What MIGRATE-SLOTS answered, if nobody has heard it yet.
+proc let_go {phase from to} {
+    foreach {name at_source at_target point} $::phases_of_a_job {if {$name eq $phase} break}
+    if {$at_target eq "-"} {resume_process [node_pid $to]}
+    if {$at_source eq "-"} {resume_process [node_pid $from]}
+    if {$point ne ""} {failpoint [phase_node $phase $from $to] $point off}
+    if {$phase eq "bound"} {failpoint $from source_after_commit off}
+    if {$phase in {offered committed bound}} {set_node_timeouts $::held_timeout}
+    if {$::held_request eq ""} {return ""}
+    catch {$::held_request read} reply
+    $::held_request close
+    return $reply
+}
+
+# The states in which a job of these ends came to its end.
+proc wait_job_ended {n id} {
+    wait_for_condition 1500 10 {[job_ended [job_field $n $id state]]} else {fail "no end at node $n: [job $n $id]"}
+    set job [job $n $id]
+    if {[dict get $job state] eq "done"} {
+        assert_equal "" [dict get $job last-error]
+    } else {
+        assert_not_equal "" [dict get $job last-error] "reason of [dict get $job state] at node $n"
+    }
+    dict get $job state
+}
+
+# Each slot has one owner, the same as all nodes see it, with all keys (`dump`) and
+# nobody else has one of them; nobody has a job, nobody died. The owner.
+proc assert_one_owner {slots dump pids} {
+    for {set n 0} {$n < [llength $::servers]} {incr n} {
+        wait_for_condition 1500 10 {[jobs_running $n] == 0} else {fail "node $n goes on: [R $n cluster slot-migrations]"}
+    }
+    wait_cluster_agrees
+    set owner [slot_owner 0 [lindex $slots 0]]
+    foreach slot $slots {assert_equal $owner [slot_owner 0 $slot] "owner of slot $slot"}
+    assert_same_dump $dump [slots_dump $owner $slots]
+    for {set n 0} {$n < [llength $::servers]} {incr n} {
+        if {[lindex $pids $n] ne ""} {assert {[is_alive [lindex $pids $n]]}}
+        if {$n == $owner} continue
+        # The trim is in the background.
+        wait_for_condition 500 10 {[keys_in_slots $n $slots] eq ""} else {fail "node $n has [keys_in_slots $n $slots]"}
+    }
+    foreach slot $slots {
+        assert_equal 1 [R $owner incr [key_in $slot probe]]
+        assert_equal 1 [R $owner del [key_in $slot probe]]
+    }
+    return $owner
+}
+
+proc node_pids {} {
+    set pids {}
+    for {set n 0} {$n < [llength $::servers]} {incr n} {lappend pids [node_pid $n]}
+    return $pids
+}
+
+# ---- a cluster that a test has taken apart ----
+
+proc all_know_all {} {
+    set all [llength $::servers]
+    for {set n 0} {$n < $all} {incr n} {lappend ids [node_id $n]}
+    for {set n 0} {$n < $all} {incr n} {
+        set nodes [R $n cluster nodes]
+        if {[regexp {handshake|fail|disconnected} $nodes] || [llength [split [string trim $nodes] \n]] != $all} {return 0}
+        foreach id $ids {if {[string first $id $nodes] < 0} {return 0}}
+    }
+    return 1
+}
+
+# As an operator brings nodes together again that have forgotten each other.
+proc meet_again {} {
+    set all [llength $::servers]
+    for {set n 0} {$n < $all} {incr n} {lappend ids [node_id $n]}
+    for {set n 0} {$n < $all} {incr n} {
+        foreach node [get_cluster_nodes $n] {
+            if {[dict get $node id] ni $ids} {catch {R $n cluster forget [dict get $node id]}}
+        }
+    }
+    set tries 100
+    while {![all_know_all]} {
+        if {[incr tries -1] == 0} {fail "the nodes do not find each other again: [R 0 cluster nodes]"}
+        for {set n 0} {$n < $all} {incr n} {
+            for {set m 0} {$m < $all} {incr m} {
+                if {$m == $n || [regexp "[node_id $m]\[^\n\]* connected" [R $n cluster nodes]]} continue
+                R $n cluster meet [srv -$m host] [srv -$m port]
+            }
+        }
+        wait_for_condition 20 50 {[all_know_all]} else {}
+    }
+}
+
 # ---- the writer's program ----
 
 # argv: result file, parent's pid, number, tls, ports, tags. It writes a byte per
