@@ -905,15 +905,9 @@ proc all_know_all {} {
     return 1
 }
 
-# As an operator brings nodes together again that have forgotten each other.
+# As an operator brings nodes together.
 proc meet_again {} {
     set all [llength $::servers]
-    for {set n 0} {$n < $all} {incr n} {lappend ids [node_id $n]}
-    for {set n 0} {$n < $all} {incr n} {
-        foreach node [get_cluster_nodes $n] {
-            if {[dict get $node id] ni $ids} {catch {R $n cluster forget [dict get $node id]}}
-        }
-    }
     set tries 100
     while {![all_know_all]} {
         if {[incr tries -1] == 0} {fail "the nodes do not find each other again: [R 0 cluster nodes]"}
@@ -925,6 +919,106 @@ proc meet_again {} {
         }
         wait_for_condition 20 50 {[all_know_all]} else {}
     }
+}
+
+# As `fresh`, for four nodes, of which the last is a master without slots, whatever
+# the test before it left of the cluster.
+proc home {} {
+    for {set n 0} {$n < 4} {incr n} {
+        if {[is_alive [node_pid $n]]} {exec kill -CONT [node_pid $n]} else {start_node_again $n}
+        R $n config set cluster-node-timeout 3000
+        R $n config set cluster-allow-replica-migration no
+        R $n config set cluster-require-full-coverage yes
+        failpoints_off $n
+        if {[status [Rn $n] role] eq "slave"} {R $n cluster reset soft}
+        R $n cluster cancel-slot-migrations all
+    }
+    # One that waits for a node that is gone for good does so for ever.
+    for {set n 0} {$n < 4} {incr n} {
+        foreach job [R $n cluster slot-migrations] {
+            if {[dict get $job state] in {committed prepared}} {catch {R $n cluster cancel-slot-migrations id [dict get $job id] force}}
+        }
+    }
+    for {set n 0} {$n < 4} {incr n} {
+        wait_for_condition 1500 10 {[jobs_running $n] == 0} else {
+            fail "node $n has jobs that do not end: [R $n cluster slot-migrations]"
+        }
+        foreach {- slot} [regexp -all -inline {\[(\d+)-[<>]-} [R $n cluster nodes]] {R $n cluster setslot $slot stable}
+    }
+    flush_all_nodes
+    set claimed 0
+    for {set n 0} {$n < 4} {incr n} {
+        foreach range [dict get [cluster_get_myself $n] slots] {
+            lassign [split $range -] first last
+            incr claimed [expr {$last eq "" ? 1 : $last-$first+1}]
+        }
+    }
+    if {$claimed != 16384 || ![all_know_all]} {make_cluster}
+    set homes {0 5460 5461 10922 10923 16383}
+    wait_cluster_agrees
+    for {set n 0} {$n < 4} {incr n} {
+        for {set to 0} {$to < 3} {incr to} {
+            if {$to == $n} continue
+            set ranges {}
+            foreach range [dict get [cluster_get_myself $n] slots] {
+                lassign [split $range -] first last
+                if {$last eq ""} {set last $first}
+                set first [expr {max($first,[lindex $homes [expr {2*$to}]])}]
+                set last [expr {min($last,[lindex $homes [expr {2*$to+1}]])}]
+                if {$first <= $last} {lappend ranges $first $last}
+            }
+            if {$ranges ne ""} {move_slots $n $to {*}$ranges}
+        }
+    }
+    for {set n 0} {$n < 4} {incr n} {
+        wait_for_condition 500 10 {[node_children $n] eq ""} else {fail "node $n has a child: [node_children $n]"}
+    }
+}
+
+# The empty nodes, as they were when they were new. (FORGET works on for a minute.)
+proc make_cluster {} {
+    set_node_timeouts 500       ;# for so long is a node down that was alone
+    for {set n 0} {$n < 4} {incr n} {R $n cluster reset soft}
+    foreach {n first last} {0 0 5460 1 5461 10922 2 10923 16383} {
+        R $n cluster addslotsrange $first $last
+        R $n cluster bumpepoch
+    }
+    meet_again
+    wait_for_cluster_state ok
+    set_node_timeouts 3000
+}
+
+# Does node n claim all slots of a range (1), or none (0)?
+proc claims {n first last} {
+    set mine {}
+    foreach range [dict get [cluster_get_myself $n] slots] {
+        lassign [split $range -] from to
+        for {set j [expr {max($from,$first)}]} {$j <= min($to eq "" ? $from : $to,$last)} {incr j} {lappend mine $j}
+    }
+    if {[llength $mine] == 0} {return 0}
+    expr {[llength $mine] == $last-$first+1 ? 1 : "$mine only"}
+}
+
+# What a command answered, errors as text.
+proc answer {n args} {
+    catch {R $n {*}$args} reply
+    return $reply
+}
+
+proc fill_moving {n} {
+    fill_strings $n {5 6 7} 60
+    [Rn $n] hset [key_in 6 hash] f v g w
+    [Rn $n] hpexpire [key_in 6 hash] 100000000 fields 1 f
+    [Rn $n] set [key_in 7 ttl] x ex 100000
+}
+
+# The phases in which the source, or the target, runs.
+proc phases_of {end} {
+    set phases {}
+    foreach {phase at_source at_target point} $::phases_of_a_job {
+        if {[expr {$end eq "source" ? $at_source : $at_target}] ne "-"} {lappend phases $phase}
+    }
+    return $phases
 }
 
 # ---- the writer's program ----
