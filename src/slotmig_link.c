@@ -441,7 +441,9 @@ slotMigDial *slotmigDial(clusterNode *node, int argc, sds *argv, slotMigDialDone
     int port = server.tls_replication ? node->tls_port : node->tcp_port;
     d->conn = connCreate(server.el,server.tls_replication ? connectionTypeTls() : connectionTypeTcp());
     connSetPrivateData(d->conn,d);
-    if (connConnect(d->conn,node->ip,port,server.bind_source_addr,dialConnected) == C_ERR)
+    if (!nodeHasAddr(node))     /* another one answers at its old address */
+        dialEnd(d,"no address of it is known, it may have got a new id (CLUSTER RESET HARD)");
+    else if (connConnect(d->conn,node->ip,port,server.bind_source_addr,dialConnected) == C_ERR)
         dialFailed(d,"cannot connect");
     else
         d->timer = aeCreateTimeEvent(server.el,server.repl_timeout*1000LL,dialTimeout,d,NULL);

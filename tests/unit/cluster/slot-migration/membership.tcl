@@ -92,7 +92,7 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
                 let_go $phase 0 3
                 if {$phase eq "bound" && $command eq {reset hard}} {
                     # Nobody has the name any more by which the source must ask.
-                    wait_for_condition 1500 10 {[string match "*asking the target*no address of node*known*" [job_field 0 $id reason]]} else {fail "[job 0 $id]"}
+                    wait_for_condition 1500 10 {[string match "*asking the target*no address of it is known*" [job_field 0 $id reason]]} else {fail "[job 0 $id]"}
                     assert_equal 1 [R 0 cluster cancel-slot-migrations id $id force]
                 }
                 assert_source_keeps $id $command $before $pids
