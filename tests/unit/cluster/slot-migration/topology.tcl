@@ -103,4 +103,173 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
             }
         }
     }
+
+    # ---- many jobs at once ----
+
+    # Send all requests "from to first last" at the same time, those that are refused
+    # again, until all slots have moved. How many were refused.
+    proc move_all {requests} {
+        set refused 0
+        set tries 500
+        while {[llength $requests]} {
+            if {[incr tries -1] == 0} {fail "still refused: $requests"}
+            set sent {}
+            foreach request $requests {
+                lassign $request from to first last
+                lappend sent [send_command $from cluster migrate-slots slotsrange $first $last node [node_id $to]]
+            }
+            set again {}
+            foreach request $requests rd $sent {
+                catch {$rd read} reply
+                $rd close
+                if {[string match "*wait for its end, a node cannot give and take slots at the same time yet*" $reply]} {
+                    incr refused
+                    lappend again $request
+                } elseif {[llength $reply] == 1} {
+                    lappend ids([lindex $request 0]) $reply
+                } else {
+                    fail "$request: $reply"
+                }
+            }
+            # Not all of a circle can be refused by each other for ever: one after the other then.
+            foreach n [array names ids] {
+                foreach id $ids($n) {assert_equal done [wait_job_ended $n $id] [job_field $n $id last-error]}
+            }
+            array unset ids
+            if {[llength $again] == [llength $requests]} {
+                set first [lindex $again 0]
+                move_slots [lindex $first 0] [lindex $first 1] [lindex $first 2] [lindex $first 3]
+                set again [lrange $again 1 end]
+            }
+            set requests $again
+        }
+        wait_cluster_agrees
+        return $refused
+    }
+
+    foreach {what requests} {
+        "PEERS 15: opposite jobs" {{0 2 5 7} {2 0 16000 16002}}
+        "Jobs in a circle of three nodes" {{0 1 5 7} {1 2 6000 6002} {2 0 16000 16002}}
+        "Jobs in both directions of a circle" {{0 1 5 5} {1 2 6000 6000} {2 0 16000 16000} {1 0 6001 6001} {2 1 16001 16001} {0 2 6 6}}
+        "Jobs from and to everybody" {{0 1 0 10} {0 2 11 20} {0 3 21 30} {1 3 5461 5470} {2 3 10923 10930} {1 0 6000 6010} {2 1 16373 16383}}
+    } {
+        test "$what at the same time: each is taken or refused with the reason, nobody stalls, no write is lost" {
+            home
+            set slots {}
+            foreach request $requests {
+                lassign $request from to first last
+                for {set j $first} {$j <= $last} {incr j} {lappend slots $j}
+                fill_strings $from [list $first $last] 20
+                dict set where $first $to
+                dict set where $last $to
+            }
+            set dump {}
+            foreach n {0 1 2} {set dump [dict merge $dump [slots_dump $n $slots]]}
+            set pids [node_pids]
+            set writers [start_writers 2 [list [lindex $slots 0] [lindex $slots end]]]
+            wait_writers_go_on $writers 20
+            move_all $requests
+            wait_writers_go_on $writers 20
+            set seen [stop_writers $writers]
+            assert_equal {} [dict get $seen errors]
+            assert_equal 0 [expr {[dict get $seen ask]+[dict get $seen tryagain]}]
+            foreach request $requests {
+                lassign $request from to first last
+                assert_equal 1 [claims $to $first $last]
+                for {set j $first} {$j <= $last} {incr j} {R $to del [key_in $j writer:0:list] [key_in $j writer:0:counter] [key_in $j writer:1:list] [key_in $j writer:1:counter]}
+                foreach n {0 1 2 3} {if {$n != $to} {assert_equal {} [keys_in_slots $n [slots_of [list $first $last]]]}}
+            }
+            set after {}
+            foreach n {0 1 2 3} {set after [dict merge $after [slots_dump $n $slots]]}
+            assert_same_dump $dump $after
+            foreach pid $pids {assert {[is_alive $pid]}}
+            unset where
+        }
+    }
+
+    test "PEERS 13: adjacent ranges move as one job or as several, overlapping requests are refused by the slot" {
+        home
+        fill_strings 0 [slots_of {0 30}] 310
+        set before [slots_dump 0 [slots_of {0 30}]]
+        set pids [node_pids]
+        # In one block, next to each other and in no order.
+        set id [migrate 0 2 11 20 0 10]
+        wait_migrated 0 2 $id
+        foreach n {0 2} {assert_equal 0-20 [job_field $n $id slots]}
+        # In jobs next to each other, held in the same phase.
+        failpoint 0 source_before_cut pause
+        set first [migrate 0 2 21 24]
+        set second [migrate 0 2 25 27]
+        set third [migrate 0 1 28 30]
+        foreach id [list $first $second $third] {wait_job_state 0 $id streaming}
+        foreach {range id} [list {24 25} $first {24 24} $first {25 25} $second {20 30} "" {27 31} $second {30 40} $third] {
+            assert_match "*slot [expr {$id eq "" ? 20 : "*"}] is *[expr {$id eq "" ? "served by" : "in slot migration $id already"}]*" \
+                [answer 0 cluster migrate-slots slotsrange {*}$range node [node_id 1]]
+        }
+        failpoint 0 source_before_cut off
+        foreach {id to} [list $first 2 $second 2 $third 1] {wait_migrated 0 $to $id}
+        foreach {first last to} {0 27 2 28 30 1} {assert_equal 1 [claims $to $first $last]}
+        assert_same_dump $before [dict merge [slots_dump 2 [slots_of {0 27}]] [slots_dump 1 {28 29 30}]]
+        assert_equal 0 [R 0 dbsize]
+        # All back in one request that takes two jobs' slots.
+        move_slots 2 0 0 27
+        move_slots 1 0 28 30
+        assert_equal 0 [assert_one_owner [slots_of {0 30}] $before $pids]
+    }
+
+    test "PEERS 36: slot 0 and slot 16383 move alone, with their neighbours and together, and only they" {
+        home
+        set slots {0 1 16382 16383}
+        fill_strings 0 {0 1} 40
+        fill_strings 2 {16382 16383} 40
+        set before [dict merge [slots_dump 0 {0 1}] [slots_dump 2 {16382 16383}]]
+        move_slots 0 1 0 0
+        assert_equal {1 0} [list [slot_owner 0 0] [slot_owner 0 1]]
+        assert_equal 20 [R 1 dbsize]
+        move_slots 2 1 16383 16383
+        assert_equal {2 1} [list [slot_owner 0 16382] [slot_owner 0 16383]]
+        assert_equal 40 [R 1 dbsize]
+        # Both ends of all slots in one job.
+        set id [move_slots 1 3 0 0 16383 16383]
+        assert_equal "0 16383" [job_field 3 $id slots]
+        assert_equal {0 40} [list [R 1 dbsize] [R 3 dbsize]]
+        move_slots 0 3 1 1
+        move_slots 2 3 16382 16382
+        assert_same_dump $before [slots_dump 3 $slots]
+        assert_equal {0 0} [list [R 0 dbsize] [R 2 dbsize]]
+        assert_equal {{0 1} {16382 16383}} [lmap range [dict get [cluster_get_myself 3] slots] {split $range -}]
+    }
+
+    foreach allowed {no yes} {
+        test "A source that loses its last slots [expr {$allowed ? "becomes a replica of the target" : "stays a master"}], and a target without slots gets some" {
+            home
+            fill_moving 0
+            # A source of only these.
+            move_slots 0 3 5 7
+            assert_equal 5-7 [dict get [cluster_get_myself 3] slots]
+            set before [slots_dump 3 {5 6 7}]
+            set pids [node_pids]
+            foreach n {0 1 2 3} {R $n config set cluster-allow-replica-migration $allowed}
+            set writers [start_writers 1 {6}]
+            wait_writers_go_on $writers 20
+            set id [migrate 3 2 5 7]
+            assert_equal {done done} [list [wait_job_ended 3 $id] [wait_job_ended 2 $id]]
+            wait_writers_go_on $writers 20
+            assert_equal {} [dict get [stop_writers $writers] errors]
+            R 2 del [key_in 6 writer:0:list] [key_in 6 writer:0:counter]
+            wait_cluster_agrees
+            assert_equal "" [dict get [cluster_get_myself 3] slots]
+            assert_same_dump $before [slots_dump 2 {5 6 7}]
+            if {$allowed} {
+                assert_equal [node_id 2] [dict get [cluster_get_myself 3] slaveof]
+                wait_for_condition 1000 20 {[status [Rn 3] master_link_status] eq "up"} else {fail "no replica: [R 3 info replication]"}
+                wait_for_condition 500 10 {[R 3 dbsize] == [R 2 dbsize]} else {fail "[R 3 dbsize] of [R 2 dbsize] keys"}
+            } else {
+                assert_equal master [status [Rn 3] role]
+                assert_equal 0 [R 3 dbsize]
+                move_slots 2 3 5 7
+                assert_equal 3 [assert_one_owner {5 6 7} $before $pids]
+            }
+        }
+    }
 }
