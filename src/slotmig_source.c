@@ -389,15 +389,16 @@ static sds checkSlots(const slotSet *slots) {
 
 /* What must hold at the start and until the commit. NULL: it does. */
 static sds checkSource(const slotSet *slots, clusterNode *target) {
-    sds error = slotmigCheckNode();
-    if (error == NULL) error = checkSlots(slots);
-    if (error) return error;
+    /* The target first: that the cluster is down follows from its loss. */
     if (target == NULL) return sdsnew("the target is not known to this node any more");
     if (nodeFailed(target)) {
-        sds name = slotmigNodeName(target);
-        error = sdscatprintf(sdsempty(),"the target %s is marked as failing",name);
+        sds name = slotmigNodeName(target), error = sdscatprintf(sdsempty(),"the target %s is marked as failing",name);
         sdsfree(name);
-    } else if (!clusterNodeIsMaster(target)) {
+        return error;
+    }
+    sds error = slotmigCheckNode();
+    if (error == NULL) error = checkSlots(slots);
+    if (error == NULL && !clusterNodeIsMaster(target)) {
         sds name = slotmigNodeName(target);
         error = sdscatprintf(sdsempty(),"the target %s is a replica: name its master",name);
         sdsfree(name);
