@@ -1236,8 +1236,8 @@ static void askDone(connection *conn, const char *line, const char *error, void 
         else slotmigSetReason(job,"%s; the target discarded it, but %s",slotmig_state_names[job->state],why);
         sdsfree(why);
     }
-    else if (!strncmp(line,"+PENDING",8)) slotmigSetReason(job,"%s; the target cannot say yet whether it took over:%s",
-        slotmig_state_names[job->state],line+8);
+    else if (!strncmp(line,"+PENDING",8)) slotmigSetReason(job,"%s; the target has not taken over yet%s%s",
+        slotmig_state_names[job->state],line[8] ? ":" : "",line+8);
     else if (!strncmp(line,"+OWNER",6))
         slotmigSetReason(job,"the target was restarted, owns the slots and has keys in them, while the keys "
             "here were not handed over for certain: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE takes the slots back",job->id);

@@ -1089,7 +1089,9 @@ static void askSource(slotMigJob *job) {
  * slot map. */
 sds slotmigTargetAnswer(slotMigJob *job, const char *asker, int inherited) {
     sds why;
-    if (!slotmigFresh(&why)) {
+    /* With replicas that were told of it, one may have replaced this node and have
+     * acted. Without, nobody but this node can have. */
+    if (job->relay_seq && !slotmigFresh(&why)) {
         sds answer = sdscatfmt(sdsempty(),"PENDING %S",why);
         sdsfree(why);
         return answer;
