@@ -299,14 +299,12 @@ start_cluster 3 0 {tags {external:skip cluster modules}} {
             R $n client pause 100000 write
             assert_error "*to a replica*" {R $n cluster failover}
         }
-        R 2 flushall
-        R 1 flushall
         foreach n {0 1 2} {R $n client unpause}
-        R 0 flushall
+        foreach n {2 1 0} {R $n flushall}
         fill_strings 0 {5 6} 50
         set before [slots_dump 0 {5 6}]
         R 1 client pause 100000 write
-        R 2 client pause 100000 all
+        R 2 client pause 100000 write
         failpoint 0 source_before_cut off
         wait_job_state 0 $first done
         wait_job_state 0 $second done
