@@ -171,6 +171,20 @@ static int flushes(client *c) {
     return 0;
 }
 
+static int publishesOnly(struct redisCommand *cmd) {
+    return (cmd->flags & (CMD_PUBSUB|CMD_WRITE)) == CMD_PUBSUB;
+}
+
+/* Of a command that may replicate: not only messages? */
+static int mayWrite(client *c) {
+    if (c->cmd->proc != execCommand) return !publishesOnly(c->cmd);
+    for (int i = 0; i < c->mstate.count; i++) {
+        struct redisCommand *cmd = c->mstate.commands[i].cmd;
+        if ((cmd->flags & (CMD_WRITE|CMD_MAY_REPLICATE)) && !publishesOnly(cmd)) return 1;
+    }
+    return 0;
+}
+
 int slotmigExpiryWaits(int slot) {
     return __builtin_expect(fences,0) && (slot == -1 || slotSetHas(&fenced,slot));
 }
@@ -184,13 +198,10 @@ int slotmigFieldExpiryWaits(robj *o) {
 /* Called for every command that is about to run, after redirections. */
 int slotmigMustWait(client *c, int may_replicate) {
     if ((!fences && !slowed.count) || !may_replicate) return 0;
-    if ((c->cmd->flags & (CMD_PUBSUB|CMD_WRITE)) == CMD_PUBSUB) return 0;   /* writes nothing */
+    if (!mayWrite(c)) return 0;
     if (flushes(c)) return 0;
     if (c->slot >= 0) return slotSetHas(&fenced,c->slot) || slotSetHas(&slowed,c->slot);
-    if (!fences) return 0;
-    /* No key was named: it may write anywhere. */
-    if (c->cmd->proc == execCommand) return (c->mstate.cmd_flags & (CMD_WRITE|CMD_MAY_REPLICATE)) != 0;
-    return 1;
+    return fences != 0;     /* no key was named: it may write anywhere */
 }
 
 clusterNode *slotmigSlotOwner(int slot, clusterNode *owner) {
