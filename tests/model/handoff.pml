@@ -41,7 +41,7 @@
  * does not count in 1, and what only it has does not count in 2.
  *
  * What is left out. Progress under fairness (3 is about ends only). More than one replica in a
- * shard. Two jobs at once. The stream, its resumption and the snapshot. The FORCE commands and
+ * shard. Two jobs at once (opposite.pml has two opposite ones). The stream, its resumption and the snapshot. The FORCE commands and
  * CLUSTER FAILOVER TAKEOVER. Time: "fresh" is exact when it is asked. Split votes. Gossip
  * between the four by any way but V. A number n is never used twice. RESOLVED is on disk
  * before S trims or acknowledges. So is TAKEN before T serves: that a T which served restarts
