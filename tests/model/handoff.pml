@@ -44,8 +44,8 @@
  * shard. Two jobs at once (opposite.pml has two opposite ones). The stream, its resumption and the snapshot. The FORCE commands and
  * CLUSTER FAILOVER TAKEOVER. Time: "fresh" is exact when it is asked. Split votes. Gossip
  * between the four by any way but V. A number n is never used twice. RESOLVED is on disk
- * before S trims or acknowledges. So is TAKEN before T serves: that a T which served restarts
- * and has forgotten that it took is not in the model.
+ * before S trims or acknowledges. TAKEN is on disk (nodes.conf, or TAKEOVER in the AOF before
+ * the first write) before T acknowledges a write; LATE_TAKEN is what happens otherwise.
  *
  * From action to code. An action that has a fail point (src/slotmig_job.h) bears its name: the
  * fail point is hit where the action begins, so what a test does there is what happens between
@@ -509,13 +509,14 @@ inline hear_claim(i,t) {
 }
 
 #define COLLIDES(i) (n[V].epoch == n[i].epoch && n[i].owner == (i) && n[V].owner != (i) && n[i].master && !n[i].replaced)
+#define NEWER(i) (n[V].epoch > n[i].epoch && !(n[i].master && n[V].owner == (i)))   /* nobody hears about itself */
 #define can_claim_down(i) (n[i].alive && !n[i].failed && n[i].current < EPOCHS && \
-    (n[V].current > n[i].current || n[V].epoch > n[i].epoch || COLLIDES(i)))
+    (n[V].current > n[i].current || NEWER(i) || COLLIDES(i)))
 inline claim_down(i) {
   if :: n[V].current > n[i].current -> n[i].current = n[V].current :: else fi;
   if
-  :: n[V].epoch > n[i].epoch && n[i].owner == (i) && n[i].master && DEFENDS(i) -> n[i].current++; n[i].epoch = n[i].current
-  :: n[V].epoch > n[i].epoch && !(n[i].owner == (i) && n[i].master && DEFENDS(i)) ->
+  :: NEWER(i) && n[i].owner == (i) && n[i].master && DEFENDS(i) -> n[i].current++; n[i].epoch = n[i].current
+  :: NEWER(i) && !(n[i].owner == (i) && n[i].master && DEFENDS(i)) ->
      if
      :: n[i].owner == (i) && n[i].master && n[V].owner != PEER(i) ->
         if
@@ -631,6 +632,15 @@ inline restart(i,old) {
 inline restart_(i) { restart(i,0) }
 inline restart_old(i) { restart(i,1) }
 
+#ifdef LATE_TAKEN           /* T restarts without the TAKEN that it served with, and that S has not heard of */
+#define can_restart_late(t) (!n[t].alive && n[t].master && n[t].tgt == TAKEN && \
+    !(n[S].src == OPEN && n[S].owner >= T) && !(n[S2].src == OPEN && n[S2].owner >= T))
+inline restart_late(t) {
+  restart(t,1);
+  n[t].tgt = COPYING; n[t].data = 0; n[t].owner = S; n[t].epoch = 1; n[t].seen = 0
+}
+#endif
+
 #define can_fail(i) (faults < FAULTS && n[i].alive && !n[i].failed)
 inline fail(i) { faults++; n[i].failed = 1; if :: (i) < T && !n[i].master -> n[i].doubt = 1 :: else fi }
 #define can_heal(i) (n[i].failed)
@@ -712,6 +722,9 @@ init {
   ANY(crash)
   ANY(restart_)
   SOURCE(restart_old)
+#ifdef LATE_TAKEN
+  TARGET(restart_late)
+#endif
   ANY(fail)
   ANY(heal)
   STEP1(break_link,0)
