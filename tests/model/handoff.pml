@@ -53,15 +53,15 @@
  *
  *   action                  what it is                                   function of the code
  *   intent                  the record, and HANDOFF n to S'              -
- *   source_before_cut       S fences                                     tryCut
- *   cut                     CUT reaches T                                FRAME_CUT
+ *   source_before_cut       S fences                                     tryFence, fenceUp
+ *   cut                     CUT reaches T                                sendCut, FRAME_CUT
  *   target_before_prepared  T answers PREPARED (after it:                tryPrepare
  *                           target_prepared)
  *   abort_attempt           S gives the attempt up, before the commit    discardAttempt
  *   source_before_commit    S commits                                    prepared
  *   source_after_commit     COMMIT again, after it was lost              slotmigSourceAnswer
  *   target_before_takeover  COMMIT reaches T, which takes or refuses     takeOver
- *   source_before_trim      TAKEN reaches S (it left after               FRAME_TAKEN, trim
+ *   source_before_trim      TAKEN reaches S (it left after               FRAME_TAKEN, trimStep
  *                           target_after_takeover), S trims
  *   acknowledge             S acknowledges TAKEN                         -
  *   adopt                   T' owns X by whatever path: it merges; also T defends
