@@ -635,5 +635,6 @@ int slotmigCommand(client *c) {
     else if (!strcasecmp(sub,"alter-slot-migration")) alterSlotMigration(c);
     else if (!strcasecmp(sub,"slotmig")) slotmigInternal(c);
     else return 0;
+    preventCommandPropagation(c);   /* replicas and the AOF hear of it in other words */
     return 1;
 }

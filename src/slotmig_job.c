@@ -466,6 +466,7 @@ void slotmigBeforeSleep(void) {
     static int started;
     slotmigBusTurn();
     slotmigRaiseEpoch();
+    slotmigFollowSlots();
     if (!started) {
         started = 1;
         slotmigInherit("this node was restarted");

@@ -350,6 +350,7 @@ int slotmigHaveSnapshot(slotMigJob *job);
 size_t slotmigRelayRoom(slotMigJob *job);
 void slotmigAnswerMaster(const char *id, slotMigWord word, uint64_t n, const char *text);
 void slotmigRelayed(client *c);
+void slotmigFollowSlots(void);                      /* at the end of a turn */
 void slotmigWasLastWord(slotMigJob *job);
 /* The target's answer to the offer of a job (NULL: accepted), for the command
  * that waits for it. */

@@ -375,6 +375,20 @@ static void copyAnew(const char *id, const char *why) {
     freeClientAsync(server.master);
 }
 
+/* A master's last slots went to this node: as upstream's replicas do on seeing the
+ * claim. Not in the middle of the master's own command. */
+static char follow[CLUSTER_NAMELEN];
+
+void slotmigFollowSlots(void) {
+    if (follow[0] == '\0') return;
+    clusterNode *myself = server.cluster->myself, *target = clusterLookupNode(follow,CLUSTER_NAMELEN);
+    follow[0] = '\0';
+    if (target == NULL || !clusterNodeIsMaster(target) || myself->slaveof == NULL || myself->slaveof->numslots) return;
+    serverLog(LL_NOTICE,"The master's last slot moved away. Reconfiguring myself as a replica of %.40s",target->name);
+    clusterSetMaster(target);
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE|CLUSTER_TODO_FSYNC_CONFIG);
+}
+
 /* The slots are another node's, with this epoch. */
 static void trimReplica(const char *id, clusterNode *target, uint64_t epoch, const slotSet *slots) {
     clusterNode *master = server.cluster->myself->slaveof;
@@ -389,6 +403,8 @@ static void trimReplica(const char *id, clusterNode *target, uint64_t epoch, con
         slotmigLimboTake(limbo,j);
     }
     slotmigLimboFree(limbo);
+    if (target && master && master->numslots == 0 && server.cluster_allow_replica_migration)
+        memcpy(follow,target->name,CLUSTER_NAMELEN);
     slotmigRecordDrop(id);
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE);
     if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;

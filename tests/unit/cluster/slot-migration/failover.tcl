@@ -139,3 +139,78 @@ foreach {::what ::node ::point ::action ::dies ::owners} {
         }
     }
 }
+
+start_cluster 3 3 {tags {external:skip cluster}} {
+    test "The last slots of a shard move: its nodes follow the target when they have let go, not before" {
+        set before [begin]
+        failpoint 0 source_before_trim pause
+        set id [migrate 0 2 0 5461]
+        wait_job_state 0 $id trimming
+        wait_job_state 2 $id done
+        assert_equal master [status [Rn 0] role]
+        failpoint 0 source_before_trim off
+        wait_job_state 0 $id done
+        foreach n {0 3} {
+            wait_for_condition 2000 10 {[dict get [cluster_get_myself $n] slaveof] eq [node_id 2]} else {fail "node $n: [cluster_get_myself $n]"}
+        }
+        wait_up
+        assert_same_dump $before [slots_dump 2 $::slots]
+        foreach n {0 3 5} {wait_replicated 2 $n}
+        wait_cluster_agrees
+    }
+}
+
+start_cluster 3 3 {tags {external:skip cluster}} {
+    test "The source's whole shard dies before the commit: the prepared target takes over when the operator says so" {
+        set before [begin]
+        for {set n 0} {$n < 6} {incr n} {R $n config set cluster-require-full-coverage no}
+        failpoint 0 source_before_commit pause
+        set id [migrate 0 2 3 10]
+        wait_job_state 2 $id prepared
+        assert_error "*is alive: it decides*" {R 2 cluster alter-slot-migration id $id takeover}
+        assert_error "*only a prepared target*" {R 0 cluster alter-slot-migration id $id takeover}
+        kill_node 3
+        kill_node 0
+        foreach n {0 3} {
+            wait_for_condition 2000 10 {[regexp "[lindex $::ids $n]\[^\n\]* (master|slave|myself),fail(,| )" [R 2 cluster nodes]]} else {fail [R 2 cluster nodes]}
+        }
+        assert_equal prepared [job_field 2 $id state]
+        assert_equal OK [R 2 cluster alter-slot-migration id $id takeover]
+        wait_job_state 2 $id done
+        foreach n {1 2 4 5} {
+            wait_for_condition 1000 10 {[owner_seen_by $n 3] == 2} else {fail "node $n sees slot 3 at node [owner_seen_by $n 3]"}
+        }
+        assert_same_dump $before [slots_dump 2 $::slots]
+        wait_replicated 2 5
+        # The source comes back: it has a record, asks, and gives them up.
+        start_node_again 0
+        wait_for_condition 2000 10 {[owner_seen_by 0 3] == 2 && [jobs_running 0] == 0} else {fail "[R 0 cluster slot-migrations]"}
+        foreach slot $::slots {assert_equal 0 [R 0 cluster countkeysinslot $slot]}
+    }
+}
+
+start_cluster 3 3 {tags {external:skip cluster}} {
+    test "The target's whole shard dies after the commit: the source takes the slots back when the operator says so, not before" {
+        set before [begin]
+        for {set n 0} {$n < 6} {incr n} {R $n config set cluster-require-full-coverage no}
+        failpoint 0 source_before_commit pause
+        set id [migrate 0 2 3 10]
+        wait_job_state 2 $id prepared
+        failpoint 2 target_before_takeover crash
+        kill_node 5
+        failpoint 0 source_before_commit off
+        wait_node_dead 2
+        wait_job_state 0 $id committed
+        assert_error "*can only be completed*" {R 0 cluster cancel-slot-migrations id $id}
+        assert_error "MOVED*" {R 0 get [key_in 5 x]}
+        assert_equal 1 [R 0 cluster cancel-slot-migrations id $id force]
+        wait_job_state 0 $id failed
+        assert_same_dump $before [slots_dump 0 $::slots]
+        assert_equal 1 [R 0 incr [key_in 5 probe]]
+        wait_replicated 0 3
+        # The target comes back without the copy, and knows whose they are.
+        start_node_again 2
+        wait_for_condition 2000 10 {[owner_seen_by 2 3] == 0 && [jobs_running 2] == 0} else {fail "[R 2 cluster nodes]"}
+        foreach slot $::slots {assert_equal 0 [R 2 cluster countkeysinslot $slot]}
+    }
+}

@@ -78,7 +78,7 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
         foreach n {1 2 3} {assert_equal {} [keys_in_slots $n {5 6 7}]}
     }
 
-    foreach command {{reset soft} {reset hard} {replicate THIRD}} why {"CLUSTER RESET" "CLUSTER RESET" "not a master|is a replica|no longer"} {
+    foreach command {{reset soft} {reset hard} {replicate THIRD}} why {"CLUSTER RESET" "CLUSTER RESET" "not a master|is a replica|no longer|discarded the hand-off"} {
         foreach phase {waiting snapshot streaming preparing prepared bound} {
             test "[string toupper [lindex $command 0]] [lindex $command 1] of a target without slots while a job is $phase: the source keeps them" {
                 home
