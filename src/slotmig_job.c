@@ -12,8 +12,9 @@
  *   FENCED     writes to the slots wait ----> PREPARING   up to the cut
  *              counts are compared      <---- PREPARED    bound
  *   COMMITTED  the slots are closed     ----> TAKEN       epoch, slot map, merge: serves
- *   TRIMMING   our copy goes            <---- DONE        when nodes.conf is on the disk
- *   DONE
+ *   (INHERITED instead of all that, after a restart or a promotion in the middle)
+ *   TRIMMING   our copy goes            <---- DONE        when nodes.conf is on the disk and
+ *   DONE                                                  as many replicas as wanted have them
  *
  * Until COMMITTED the source alone may end a job: it lifts the fence and goes on
  * as if nothing had been. A target ends its side by itself until PREPARED; from

@@ -7,15 +7,22 @@
  *               as its section is not there
  *   FOLLOWING   all sections are here
  *   PREPARING   CUT n came: everything before it is applied
- *   PREPARED    an epoch is reserved, PREPARED n with the counts of every slot
- *               is sent. From here this node is bound: it neither forgets nor
- *               takes over by itself. If the link breaks it asks the source.
+ *   PREPARED    the replicas that count are prepared, a majority has echoed the
+ *               reserved epoch, PREPARED n with the counts of every slot is sent. From
+ *               here this node is bound: it neither forgets nor takes over by itself.
+ *               If the link breaks it asks the source.
  *               Clients that come for the slots a moment early are held
  *   TAKEN       COMMIT n came: slots into our map with the reserved epoch,
  *               nodes.conf, shadow merged, one PONG to every node. They are served.
  *               The source hears of it when nodes.conf is on the disk, which a bio
- *               thread sees to; until then it keeps its copy
+ *               thread sees to, and the replicas that count have taken over, too; until
+ *               then it keeps its copy
  *   DONE
+ *
+ * On a replica of the target the same job runs with the master in the source's place
+ * (`relayed`): snapshot and stream come as its words (slotmig_relay.c), it is PREPARED
+ * when all is applied, and takes over with TAKEOVER. If it is promoted it goes on from
+ * PREPARED as a target whose connection broke.
  *
  * Commands of the stream run by a client that is pinned to the shadow and has
  * no connection. Its commands' functions are called directly: no redirection,
