@@ -62,8 +62,9 @@ struct _clusterNode *slotmigSlotOwner(int slot, struct _clusterNode *owner); /* 
 
 /* ---- the cluster's slot map ---- */
 int slotmigRefuseSlotChange(struct client *c, int slot); /* 1: replied with an error, the slot is in a job */
-int slotmigKeepsLostSlot(int slot);                  /* 1: the job trims it, do not delete its keys */
+int slotmigKeepsLostSlot(int slot, struct _clusterNode *claimant);                  /* 1: the job trims it, do not delete its keys */
 int slotmigKeepsMaster(struct _clusterNode *newmaster); /* 1: its last slot is gone, but the hand-off is not over */
+int slotmigIsReplaced(struct _clusterNode *claimant); /* 1: by its own replica; what it has left is in doubt there */
 void slotmigBeforeEpochRaise(void);                  /* our claim must not win closed slots back */
 void slotmigClusterReset(void);
 char *slotmigSaveVars(char *conf);                   /* sds in, sds out: our variables for nodes.conf */

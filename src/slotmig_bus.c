@@ -68,14 +68,14 @@ static int answeredLately(clusterNode *n, uint64_t unused) {
 
 /* 1, or 0 and, if `why` is not NULL, the reason there (the caller's). */
 int slotmigFresh(sds *why) {
-    int size, heard;
+    int size, heard = countMasters(answeredLately,0,&size);
     mstime_t now = monotonicMs(), gap = server.cluster_node_timeout/2;
     if (gap < STOOD_STILL_MIN) gap = STOOD_STILL_MIN;
     sds text = NULL;
     if (!clusterNodeIsMaster(server.cluster->myself)) text = sdsnew("this node is a replica now");
     else if (server.cluster->state != CLUSTER_OK) text = sdsnew("the cluster is down as this node sees it");
     else if (now - last_turn > gap || now - still_until < SETTLE_MS) text = sdsnew("this node stood still or has just started");
-    else if ((heard = countMasters(answeredLately,0,&size)) < size/2+1)
+    else if (heard < size/2+1)
         text = sdscatprintf(sdsempty(),"only %d of %d masters have answered lately",heard,size);
     if (why) *why = text;
     else sdsfree(text);
@@ -129,7 +129,8 @@ static int echoed(clusterNode *n, uint64_t epoch) {
 
 /* Has a majority of the masters shown that its current epoch is not below this one? */
 int slotmigEpochEchoed(uint64_t epoch) {
-    int size, n = countMasters(echoed,epoch,&size);
+    int size;
+    int n = countMasters(echoed,epoch,&size);
     return n >= size/2+1;
 }
 

@@ -579,6 +579,12 @@ static void ask(client *c) {
     }
     slotMigRole role = strcasecmp(c->argv[6]->ptr,"source") ? SLOTMIG_TARGET : SLOTMIG_SOURCE;
     slotMigJob *job = slotmigFindJob(c->argv[3]->ptr);
+    sds why = NULL;
+    if (job == NULL && slotmigShardMates(server.cluster->myself->name) && !slotmigFresh(&why)) {
+        addReplyStatusFormat(c,"PENDING %s",why);   /* one of them may have replaced this node, and know */
+        sdsfree(why);
+        return;
+    }
     if (job == NULL) answer = NULL;
     else if (job->role == SLOTMIG_SOURCE) answer = slotmigSourceAnswer(job);
     else answer = slotmigTargetAnswer(job,c->argv[4]->ptr,!strcasecmp(c->argv[7]->ptr,"inherited"));

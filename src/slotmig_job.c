@@ -468,6 +468,7 @@ void slotmigBeforeSleep(void) {
     slotmigBusTurn();
     slotmigRaiseEpoch();
     slotmigFollowSlots();
+    slotmigAskRecords();
     if (!started) {
         started = 1;
         slotmigInherit("this node was restarted");
@@ -508,6 +509,7 @@ static void endAnyway(slotMigJob *job, void *why) {
 void slotmigClusterReset(void) {
     slotmigEachJob(endAnyway,"CLUSTER RESET of this node");
     slotmigRecordsClear();
+    slotmigUndefendAll();
     for (int j = 0; j < CLUSTER_SLOTS; j++) slotmigSlotIsOurs(j);
     unblockPostponedClients();
 }
@@ -542,8 +544,9 @@ int slotmigRefuseSlotChange(client *c, int slot) {
     return 1;
 }
 
-int slotmigKeepsLostSlot(int slot) {
+int slotmigKeepsLostSlot(int slot, clusterNode *claimant) {
     slotMigJob *job = slotmigJobOfSlot(slot);
+    if (slotmigSameLineage(claimant,server.cluster->myself->name)) return 1;    /* this node is replaced, and will copy */
     if (slotmigSlotIsDefended(slot)) return 1;
     return job && job->role == SLOTMIG_SOURCE &&
         (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED || job->state == SLOTMIG_TRIMMING);

@@ -257,6 +257,7 @@ void slotmigSourceInherit(const char *id, const char *target, const slotSet *slo
 void slotmigRaiseEpoch(void);                       /* when a claim was defended in this turn */
 int slotmigSlotIsDefended(int slot);
 void slotmigUndefendSlot(int slot);
+void slotmigUndefendAll(void);
 void slotmigSourceFree(slotMigJob *job);
 slotMigLink *slotmigSourceStream(slotMigJob *job);
 int slotmigSourceFollows(const slotMigJob *job);    /* do its slots' writes go into the stream? */
@@ -318,6 +319,8 @@ clusterNode *slotmigAliveInShard(const char *name);
 void slotmigRecordPut(const char *id, const char *target, const slotSet *slots);
 void slotmigRecordDrop(const char *id);
 void slotmigRecordsClear(void);
+void slotmigRecordsEnd(const slotSet *slots, const char *but);
+void slotmigAskRecords(void);                       /* at the end of a turn */
 void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id));
 sds slotmigSaveRecords(sds conf);
 void slotmigLoadRecord(const char *value);
@@ -331,7 +334,7 @@ int slotmigHasRecord(const char *id);
 
 typedef enum {
     RELAY_HANDOFF, RELAY_END, RELAY_TRIM, RELAY_BEGIN, RELAY_DATA, RELAY_OPS, RELAY_PREPARED, RELAY_DISCARD,
-    RELAY_TAKEOVER, RELAY_ABORT, RELAY_LOST, RELAY_WORDS
+    RELAY_TAKEOVER, RELAY_ABORT, RELAY_LOST, RELAY_RECORD, RELAY_WORDS
 } slotMigWord;
 int slotmigHasReplicas(void);
 sds slotmigCheckReplicas(void);

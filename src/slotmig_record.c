@@ -27,6 +27,8 @@
 #include <fcntl.h>
 #include <libgen.h>
 
+#define ASK_RECORDS 1000        /* ms between two questions about the same records */
+
 typedef struct handoffRecord {
     char id[SLOTMIG_ID_LEN+1], target[CLUSTER_NAMELEN+1];
     slotSet slots;
@@ -55,7 +57,36 @@ static void putRecord(const char *id, const char *target, const slotSet *slots) 
     if (ln == NULL) listAddNodeTail(records,r);
 }
 
+/* Slots that are handed over again, or came back, have no older hand-off in doubt.
+ * `but`: not this one; NULL: all. */
+void slotmigRecordsEnd(const slotSet *slots, const char *but) {
+    listIter li;
+    listNode *ln;
+    if (records == NULL) return;
+    listRewind(records,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        handoffRecord *r = listNodeValue(ln);
+        int slot = slotSetNext(slots,0);
+        if (but && !memcmp(r->id,but,SLOTMIG_ID_LEN)) continue;
+        while (slot != -1 && !slotSetHas(&r->slots,slot)) slot = slotSetNext(slots,slot+1);
+        if (slot != -1) slotmigRecordDrop(r->id);
+    }
+}
+
+/* A replica: whether its records still stand, asked on each new connection to its
+ * master and then now and then. One that copied everything anew has missed their end. */
+void slotmigAskRecords(void) {
+    static mstime_t asked;
+    listIter li;
+    listNode *ln;
+    if (records == NULL || listLength(records) == 0 || server.master == NULL || mstime() - asked < ASK_RECORDS) return;
+    asked = mstime();
+    listRewind(records,&li);
+    while ((ln = listNext(&li)) != NULL) slotmigAnswerMaster(((handoffRecord*)listNodeValue(ln))->id,RELAY_RECORD,0,"");
+}
+
 void slotmigRecordPut(const char *id, const char *target, const slotSet *slots) {
+    slotmigRecordsEnd(slots,id);
     putRecord(id,target,slots);
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 }

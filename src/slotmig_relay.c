@@ -22,7 +22,7 @@
  *   REPLCONF SLOTMIG <node> <job> <word> <number> <text>
  *
  * told(word, number): it has done what the word asks for. LOST: it does not have the
- * job. That it can do all this it says when it attaches, with its node's id:
+ * job. RECORD: it has a record of this job; if there is none here it is told END. That it can do all this it says when it attaches, with its node's id:
  * REPLCONF capa slotmig:1:<node>. Other masters skip what they do not know.
  *
  * What counts as told: by a replica that is connected. The bytes of DATA that no
@@ -50,11 +50,12 @@ static list *replica_conns;
 typedef struct toldReplica {
     char node[CLUSTER_NAMELEN+1];
     int lost;
+    uint64_t client;                    /* on which it was told HANDOFF; another one may have lost the record */
     uint64_t word[RELAY_WORDS];         /* highest number told, plus 1; 0: none */
 } toldReplica;
 
 static const char *word_names[RELAY_WORDS] = {
-    "handoff","end","trim","begin","data","ops","prepared","discard","takeover","abort","lost"
+    "handoff","end","trim","begin","data","ops","prepared","discard","takeover","abort","lost","record"
 };
 
 /* ---- the master: who is there ---- */
@@ -96,16 +97,20 @@ static const char *nodeOfReplica(const client *c) {
     return NULL;
 }
 
-static int isOnline(const char *node) {
+static client *onlineClient(const char *node) {
     listIter li;
     listNode *ln;
     listRewind(server.slaves,&li);
     while ((ln = listNext(&li)) != NULL) {
         client *c = listNodeValue(ln);
         const char *name = nodeOfReplica(c);
-        if (c->replstate == SLAVE_STATE_ONLINE && name && !strcmp(name,node)) return 1;
+        if (c->replstate == SLAVE_STATE_ONLINE && name && !strcmp(name,node)) return c;
     }
-    return 0;
+    return NULL;
+}
+
+static int isOnline(const char *node) {
+    return onlineClient(node) != NULL;
 }
 
 /* A connection of after the job's last word on which the replica has acknowledged it:
@@ -136,7 +141,7 @@ sds slotmigCheckReplicas(void) {
     while ((ln = listNext(&li)) != NULL) {
         client *c = listNodeValue(ln);
         if (c->flags & CLIENT_CLOSE_ASAP || nodeOfReplica(c)) continue;
-        if (c->flags & CLIENT_REPL_RDB_CHANNEL) continue;       /* beside a main channel */
+        if (c->flags & (CLIENT_REPL_RDB_CHANNEL|CLIENT_REPL_RDBONLY)) continue;    /* get no stream */
         return sdscatprintf(sdsempty(),"node %.40s has a replica at %s that runs a server which cannot take part in slot "
             "migrations: upgrade or detach it",server.cluster->myself->name,replicationGetSlaveName(c));
     }
@@ -240,6 +245,8 @@ static toldReplica *findTold(slotMigJob *job, const char *node, int make) {
 
 static int isTold(slotMigJob *job, const char *node, slotMigWord word, uint64_t n) {
     toldReplica *t = findTold(job,node,0);
+    client *c = onlineClient(node);
+    if (word == RELAY_HANDOFF) return t && c && t->word[word] && t->client == c->id;
     if (t && (!t->lost || word == RELAY_ABORT) && t->word[word] >= n+1 && isOnline(node)) return 1;
     return (word == RELAY_TAKEOVER || word == RELAY_ABORT) && hasCopiedSince(job,node);
 }
@@ -265,6 +272,8 @@ sds slotmigNotTold(slotMigJob *job, slotMigWord word, uint64_t n) {
         char node[CLUSTER_NAMELEN+1] = {0};
         memcpy(node,r->name,CLUSTER_NAMELEN);
         if (nodeFailed(r) || isTold(job,node,word,n)) continue;
+        toldReplica *t = findTold(job,node,0);
+        if (word == RELAY_ABORT && (t == NULL || t->word[RELAY_BEGIN] == 0)) continue;      /* never had it */
         return slotmigNodeName(r);
     }
     return NULL;
@@ -319,6 +328,13 @@ size_t slotmigRelayRoom(slotMigJob *job) {
     return job->relayed - slowest >= window ? 0 : window - (job->relayed - slowest);
 }
 
+/* END of a job that may not be known here any more. */
+static void endRecord(const char *id) {
+    slotMigJob job = {0};
+    memcpy(job.id,id,SLOTMIG_ID_LEN);
+    slotmigRelay(&job,RELAY_END,0,NULL);
+}
+
 /* REPLCONF SLOTMIG node job word number text, from a replica. Never answered. */
 void slotmigReplicaWord(client *c) {
     unsigned long long n;
@@ -326,6 +342,10 @@ void slotmigReplicaWord(client *c) {
     const char *node = nodeOfReplica(c);
     if (node == NULL || strcmp(node,c->argv[2]->ptr) || sdslen(c->argv[3]->ptr) != SLOTMIG_ID_LEN) return;
     slotMigJob *job = slotmigFindJob(c->argv[3]->ptr);
+    if (!strcasecmp(c->argv[4]->ptr,word_names[RELAY_RECORD])) {
+        if (!slotmigHasRecord(c->argv[3]->ptr)) endRecord(c->argv[3]->ptr);
+        return;
+    }
     if (job == NULL || !string2ull(c->argv[5]->ptr,&n)) return;
     for (int w = 0; w < RELAY_WORDS; w++) {
         if (strcasecmp(word_names[w],c->argv[4]->ptr)) continue;
@@ -336,6 +356,7 @@ void slotmigReplicaWord(client *c) {
         } else if (t->word[w] < n+1) {
             t->word[w] = n+1;
         }
+        if (w == RELAY_HANDOFF) t->client = c->id;
         slotmigJobsSoon();
         return;
     }
@@ -445,6 +466,7 @@ void slotmigRelayed(client *c) {
             !slotmigParseRanges(arg[3]->ptr,&slots)) return;
         sds error = slotmigReplicaBegin(id,arg[0]->ptr,&slots,v[0],v[1],seq+1);
         if (error) lost(id,error);
+        else slotmigAnswerMaster(id,RELAY_BEGIN,0,"");
         sdsfree(error);
         return;
     }

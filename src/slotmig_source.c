@@ -217,6 +217,16 @@ int slotmigKeepsMaster(clusterNode *newmaster) {
     return !slotmigSameLineage(newmaster,server.cluster->myself->name);
 }
 
+/* This node's replica was promoted, resolved an inherited hand-off and so claims all
+ * but its slots, before this node heard of the promotion. */
+int slotmigIsReplaced(clusterNode *claimant) {
+    clusterNode *myself = server.cluster->myself;
+    if (!clusterNodeIsMaster(myself) || !slotmigAnyRecord() || !slotmigSameLineage(claimant,myself->name)) return 0;
+    for (int j = 0; j < CLUSTER_SLOTS; j++)
+        if (server.cluster->slots[j] == myself && !slotmigRecordCovers(j)) return 0;
+    return 1;
+}
+
 /* Bound to the target, not to nobody: a slot of nobody would bring this node
  * down, and a restart would claim it for the keys it finds. */
 void slotmigBeforeEpochRaise(void) {
@@ -1001,6 +1011,7 @@ static void touchWatchedKeys(slotMigJob *job) {
 
 static void commit(slotMigJob *job) {
     slotMigSource *s = job->src;
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) slotmigUndefendSlot(j);
     job->write_pause_us = getMonotonicUs() - s->fenced_at;
     slotSetChange(&closed,&job->slots,1);
     slotmigSetState(job,SLOTMIG_COMMITTED,"the target takes over");
@@ -1243,7 +1254,7 @@ static void askDone(connection *conn, const char *line, const char *error, void 
     }
     else if (!strncmp(line,"+DISCARDED",10)) {
         sds why;
-        if (slotmigFresh(&why)) takeBack(job,job->state == SLOTMIG_INHERITED ? "it was discarded" : "it had lost the job");
+        if (slotmigFresh(&why)) takeBack(job,line[10] == ' ' && line[11] ? line+11 : "it had lost the job");
         else slotmigSetReason(job,"%s; the target discarded it, but %s",slotmig_state_names[job->state],why);
         sdsfree(why);
     }
@@ -1297,6 +1308,7 @@ static void trimStep(slotMigJob *job) {
         if (++n % TRIM_CHECK == 0 && getMonotonicUs() >= until) return;
     }
     if (!slotmigLimboStep(s->limbo,until)) return;
+    slotmigRelayTrim(job);      /* again, for one that copied everything in the middle */
     sds cannot = slotmigCheckReplicas();
     if (cannot) slotmigDatasetChanged();
     else if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
@@ -1311,6 +1323,16 @@ static void trimStep(slotMigJob *job) {
         clusterSetMaster(target);
         clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE|CLUSTER_TODO_FSYNC_CONFIG);
     }
+}
+
+/* A replica that came, or copied everything anew, since the fence. */
+static void tellAgain(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    if (!clusterNodeIsMaster(server.cluster->myself) || mstime() - s->told_again < TELL_PERIOD) return;
+    s->told_again = mstime();
+    sds who = slotmigNotTold(job,RELAY_HANDOFF,0);
+    if (who) slotmigRelayHandoff(job);
+    sdsfree(who);
 }
 
 /* ---- what comes from outside ---- */
@@ -1355,13 +1377,11 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
         const char *why = frameGetBytes(r,len);
         if (r->bad || job->state != SLOTMIG_COMMITTED || n != job->attempt) return;
         sds text = sdsnewlen(why,len);
-        if (slotmigFresh(NULL)) {
-            takeBack(job,text);
-        } else {        /* ask, when it is */
-            slotmigLinkFree(job->src->stream);
-            job->src->stream = NULL;
-            slotmigSetReason(job,"committed; the target did not take over: %s",text);
-        }
+        /* Its word counts for itself only: a successor may have taken them. */
+        slotmigLinkFree(job->src->stream);
+        job->src->stream = NULL;
+        job->src->next_ask = 0;
+        slotmigSetReason(job,"committed; the target did not take over: %s",text);
         sdsfree(text);
         break;
     }
@@ -1480,6 +1500,7 @@ void slotmigSourceStep(slotMigJob *job) {
         break;
     case SLOTMIG_COMMITTED:
     case SLOTMIG_INHERITED:
+        tellAgain(job);
         if (clusterNodeIsMaster(server.cluster->myself)) askTarget(job);
         else slotmigFail(job,SLOTMIG_FAILED,sdsnew("this node was replaced by its replica, which asks the target"));
         break;

@@ -856,7 +856,7 @@ static sds cannotTake(slotMigJob *job) {
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
         clusterNode *owner = server.cluster->slots[j];
         if (slotHasLeftovers(j)) return sdscatprintf(sdsempty(),"slot %d got keys at the target meanwhile",j);
-        if (owner == myself || owner == NULL) continue;
+        if (owner == myself || owner == NULL || slotmigSameLineage(owner,myself->name)) continue;
         if (owner == source && bitmapTestBit(server.cluster->owner_not_claiming_slot,j)) continue;
         if (!slotmigSameLineage(owner,job->peer) || owner->configEpoch >= job->epoch)
             return sdscatprintf(sdsempty(),"slot %d belongs to node %.40s by a later decision",j,owner->name);
@@ -869,7 +869,13 @@ static sds cannotTake(slotMigJob *job) {
 static void tryTaken(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     int want = wantedReplicas(job), told = want ? slotmigToldCount(job,RELAY_TAKEOVER,t->cut_n) : 0;
+    sds why;
     if (!t->durable) return;
+    if (server.cluster->myself->numslaves && !slotmigFresh(&why)) {
+        slotmigSetReason(job,"%s",why);
+        sdsfree(why);
+        return;
+    }
     if (told < want) {
         slotmigSetReason(job,"%d of %d replicas have taken the slots over: it needs %d before the source lets its copy go "
             "(cluster-slot-migration-wait-replicas)",told,server.cluster->myself->numslaves,want);
@@ -943,6 +949,10 @@ int slotmigSlotIsDefended(int slot) {
 void slotmigUndefendSlot(int slot) {
     defendedSlots *d;
     while ((d = findDefended(slot)) != NULL) slotSetRemove(&d->slots,slot);
+}
+
+void slotmigUndefendAll(void) {
+    if (defended) listEmpty(defended);
 }
 
 int slotmigDefends(int slot, clusterNode *claimant, uint64_t epoch) {
@@ -1024,6 +1034,7 @@ static void takeOver(slotMigJob *job) {
     slotmigWasLastWord(job);
     sdsfree(cannot);
     defendSlots(job);
+    slotmigRecordsEnd(&job->slots,NULL);
     t->holding = 0;
     slotmigSetState(job,SLOTMIG_TAKEN,"the new slot map goes to the disk");
     slotmigConfigToDisk(job->id,takenDurably);
@@ -1075,7 +1086,10 @@ static void askDone(connection *conn, const char *line, const char *error, void 
     if (conn) connClose(conn);
     if (job->state != SLOTMIG_PREPARED) return;     /* COMMIT came first */
     if (error) slotmigSetReason(job,"prepared; asking the source whether it committed: %s",error);
-    else if (sscanf(line,"+COMMITTED %llu",&n) == 1 && n == job->tgt->cut_n) takeOver(job);
+    else if (sscanf(line,"+COMMITTED %llu",&n) == 1) {
+        if (n == job->tgt->cut_n || n == 0) takeOver(job);      /* 0: it inherited, and knows that the job was taken */
+        else slotmigFail(job,SLOTMIG_FAILED,sdsnew("this node has an older attempt than the one that was committed"));
+    }
     else if (!strncmp(line,"+PENDING",8)) slotmigSetReason(job,"prepared; the source's shard does not know yet how the hand-off ended");
     else if (strncmp(line,"+DISCARDED",10)) slotmigSetReason(job,"prepared; the source neither knows this migration "
         "nor serves the slots any more: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE drops the copy here",job->id);
@@ -1105,6 +1119,11 @@ sds slotmigTargetAnswer(slotMigJob *job, const char *asker, int inherited) {
     }
     if (job->state == SLOTMIG_DONE) {
         reclaim(job);
+        /* They went back to the asker's shard since: this is history. */
+        for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
+            clusterNode *owner = server.cluster->slots[j];
+            if (owner && owner != server.cluster->myself && slotmigSameLineage(owner,job->peer)) return sdsnew("MOVED-ON");
+        }
         return sdscatfmt(sdsempty(),"TAKEN %U %U",job->epoch,job->attempt);
     }
     if (!slotmigEnded(job) && (!inherited || job->state == SLOTMIG_TAKEN || slotmigIsRelayed(job))) {
@@ -1150,6 +1169,7 @@ static void pipeWritable(struct aeEventLoop *el, int fd, void *data, int mask) {
         if (n == -1 && (errno == EAGAIN || errno == EINTR)) break;
         if (n == -1) {      /* the loader has ended: it says why, or has all it needs */
             listEmpty(t->pipe_out);
+            t->piped_of_first = 0;
             t->piped = job->relayed;
             break;
         }
@@ -1246,7 +1266,9 @@ void slotmigReplicaDiscard(slotMigJob *job, uint64_t n) {
 int slotmigReplicaTakeOver(slotMigJob *job, uint64_t n, uint64_t epoch) {
     slotMigTarget *t = job->tgt;
     clusterNode *master = server.cluster->myself->slaveof;
-    if (job->state != SLOTMIG_PREPARED || n != t->cut_n || master == NULL ||
+    int leftovers = 0;
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) leftovers |= slotHasLeftovers(j);
+    if (job->state != SLOTMIG_PREPARED || n != t->cut_n || master == NULL || leftovers ||
         slotmigFailPoint(FP_target_replica_takeover) == FAILPOINT_FAIL)
     {
         slotmigFail(job,SLOTMIG_FAILED,sdsnew("the master took over before this replica was prepared"));
@@ -1260,6 +1282,7 @@ int slotmigReplicaTakeOver(slotMigJob *job, uint64_t n, uint64_t epoch) {
     if (master->configEpoch < epoch) master->configEpoch = epoch;
     if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE);
+    slotmigRecordsEnd(&job->slots,NULL);
     slotmigShadowMerge(t->shadow);
     t->shadow = NULL;
     slotmigDrainSoon();
@@ -1270,11 +1293,20 @@ int slotmigReplicaTakeOver(slotMigJob *job, uint64_t n, uint64_t epoch) {
     return 1;
 }
 
+/* By the slot map a node of this shard took them, this one before it was promoted or
+ * the one that it replaced: never an owner without the keys. */
+static int shardOwns(slotMigJob *job) {
+    clusterNode *myself = server.cluster->myself;
+    if (!clusterNodeIsMaster(myself)) return 0;
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
+        if (server.cluster->slots[j] == NULL || !slotmigSameLineage(server.cluster->slots[j],myself->name)) return 0;
+    return 1;
+}
+
 /* This replica is the master now, and may own the slots by its map. */
 void slotmigTargetPromoted(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     clusterNode *myself = server.cluster->myself;
-    int mine = 0;
     if (!t->relayed) return;
     closePipe(t);
     t->relayed = 0;
@@ -1284,9 +1316,7 @@ void slotmigTargetPromoted(slotMigJob *job) {
         return;
     }
     if (job->epoch < myself->configEpoch) job->epoch = myself->configEpoch;
-    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
-        if (server.cluster->slots[j] == myself) mine++;
-    if (mine == job->slots.count) takeOver(job);    /* its shard took them: never an owner without the keys */
+    if (shardOwns(job)) takeOver(job);
     else slotmigSetReason(job,"prepared; this node replaced the target and asks the source");
 }
 
@@ -1423,7 +1453,8 @@ void slotmigTargetStep(slotMigJob *job) {
             t->holding = 0;         /* better sent back than kept waiting for ever */
             unblockPostponedClients();
         }
-        askSource(job);
+        if (t->stream == NULL && shardOwns(job)) takeOver(job);
+        else askSource(job);
         return;
     }
     startLoaderThread(job);

@@ -214,3 +214,32 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         foreach slot $::slots {assert_equal 0 [R 2 cluster countkeysinslot $slot]}
     }
 }
+
+start_cluster 3 3 {tags {external:skip cluster}} {
+    test "A replica that missed the end of a hand-off, and copied everything anew, does not act on its record" {
+        begin
+        set records {exec sh -c "grep -c slotmig-handoff [lindex [R 3 config get dir] 1]/nodes*.conf || true"}
+        failpoint 0 source_before_commit pause
+        set id [migrate 0 2 3 10]
+        wait_job_state 2 $id prepared
+        assert_equal 1 [eval $records]
+        kill_node 3
+        wait_for_condition 2000 10 {[regexp "[lindex $::ids 3]\[^\n\]* slave,fail " [R 0 cluster nodes]]} else {fail [R 0 cluster nodes]}
+        failpoint 0 source_before_commit off
+        wait_job_state 0 $id done
+        R 0 config set repl-backlog-size 16384
+        fill_strings 0 {100 101 102} 2000 100
+        start_node_again 3
+        wait_up
+        wait_for_condition 1000 10 {[eval $records] == 0} else {fail "the record stays"}
+        # The slots come back, and their master dies.
+        wait_for_condition 1000 10 {![catch {set id [migrate 2 0 3 10]} error]} else {fail $error}
+        wait_job_state 2 $id done
+        wait_replicated 0 3
+        set before [slots_dump 0 $::slots]
+        R 3 config set cluster-replica-validity-factor 0 cluster-node-timeout 1000
+        kill_node 0
+        wait_for_condition 3000 10 {[status [Rn 3] role] eq "master"} else {fail "replica 3 is not promoted"}
+        assert_equal 3 [assert_ends 3 $before 0]
+    }
+}
