@@ -331,4 +331,93 @@ start_cluster 3 0 {tags {external:skip cluster modules}} {
         assert_equal 3 [R 2 get $moving]
         R 0 module unload timer
     }
+
+    foreach phase {offered waiting snapshot streaming preparing prepared} {
+        test "PEERS 8: a job cancelled at its source while $phase stays cancelled, and is in nobody's way" {
+            fresh
+            fill_moving 0
+            set before [slots_dump 0 {5 6 7}]
+            set pids [node_pids]
+            set id [hold_in_phase $phase 0 2 5 7]
+            assert_equal 1 [R 0 cluster cancel-slot-migrations id $id]
+            assert_equal cancelled [wait_job_ended 0 $id]
+            let_go $phase 0 2
+            wait_for_condition 1500 10 {[jobs_running 0]+[jobs_running 2] == 0} else {fail "[R 2 cluster slot-migrations]"}
+            if {$phase ne "offered"} {assert_equal cancelled [wait_job_ended 2 $id]}
+            assert_equal 0 [assert_one_owner {5 6 7} $before $pids]
+            foreach {n state other} {0 migrating 2 2 importing 0} {
+                R $n cluster setslot 6 $state [node_id $other]
+                R $n cluster setslot 6 stable
+            }
+            assert_equal [list 0 0 cancelled] [list [jobs_running 0] [jobs_running 2] [job_field 0 $id state]]
+            move_slots 0 2 5 7
+            assert_equal 2 [assert_one_owner {5 6 7} $before $pids]
+        }
+    }
+
+    foreach {phase node answer states owner} {
+        prepared  0 1                           {cancelled cancelled} 0
+        prepared  2 "*can only be completed*"   {done done}           2
+        committed 0 "*can only be completed*"   {done done}           2
+        bound     2 "*can only be completed*"   {done done}           2
+        trimming  0 "*can only be completed*"   {done done}           2
+    } {
+        test "PEERS 24: CANCEL at the [expr {$node ? "target" : "source"}] of a job that is $phase: both ends say the same, and it is so" {
+            fresh
+            fill_moving 0
+            set before [slots_dump 0 {5 6 7}]
+            set pids [node_pids]
+            set id [hold_in_phase $phase 0 2 5 7]
+            assert_match $answer [answer $node cluster cancel-slot-migrations id $id]
+            if {$owner == 2} {assert_equal 0 [R $node cluster cancel-slot-migrations all]}
+            let_go $phase 0 2
+            assert_equal $states [list [wait_job_ended 0 $id] [wait_job_ended 2 $id]]
+            assert_equal $owner [assert_one_owner {5 6 7} $before $pids]
+        }
+    }
+
+    test "PEERS 32: with the last word lost, no moment has two nodes that serve a slot" {
+        fresh
+        R 0 set $moving 1
+        failpoint 2 target_after_takeover fail
+        set late [redis_deferring_client 0]
+        set id [hold_in_phase bound 0 2 5 20]
+        # The source has committed and hangs; until it has said so nobody serves.
+        set early [send_command 2 incr $moving]
+        wait_client_waits 2 $early
+        $late incr $moving
+        let_go bound 0 2
+        assert_match "MOVED 10 *:[node_port 2]" [reply_of $late]
+        assert_equal 2 [reply_of $early]
+        assert_error "MOVED 10 *:[node_port 2]" {R 0 incr $moving}
+        failpoint 2 target_after_takeover off
+        wait_migrated 0 2 $id
+        assert_equal 3 [R 2 incr $moving]
+    }
+
+    test "PEERS 25: the cluster bus is lost at the hand-off, the two agree without it, and no write is lost" {
+        fresh
+        fill_moving 0
+        set pids [node_pids]
+        R 0 set [key_in 5 waits] 0
+        set id [hold_in_phase prepared 0 2 5 7]
+        # Nothing that the target says on the bus is heard: it sends no PINGs, and PONGs are lost.
+        set_node_timeouts 600000
+        R 2 debug pause-cron 1
+        foreach n {0 1} {R $n debug drop-cluster-packet-filter 1}
+        set writer [send_command 0 incr [key_in 5 waits]]
+        wait_client_waits 0 $writer
+        let_go prepared 0 2
+        assert_equal {done done} [list [wait_job_ended 0 $id] [wait_job_ended 2 $id]]
+        assert_match "MOVED 5 *:[node_port 2]" [reply_of $writer]
+        # A third node knows nothing yet and sends clients to the source, that sends them on.
+        assert_error "MOVED 5 *:[node_port 0]" {R 1 get [key_in 5 waits]}
+        assert_error "MOVED 5 *:[node_port 2]" {R 0 incr [key_in 5 waits]}
+        assert_equal 1 [R 2 incr [key_in 5 waits]]
+        set before [slots_dump 2 {5 6 7}]
+        R 2 debug pause-cron 0
+        foreach n {0 1} {R $n debug drop-cluster-packet-filter -1}
+        set_node_timeouts 3000
+        assert_equal 2 [assert_one_owner {5 6 7} $before $pids]
+    }
 }

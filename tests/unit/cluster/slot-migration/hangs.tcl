@@ -79,4 +79,32 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
             }
         }
     }
+
+    test "PEERS 7: a source that hangs in the handshake, and a target, end the job within repl-timeout, with the reason" {
+        home
+        fill_moving 0
+        set before [slots_dump 0 {5 6 7}]
+        set pids [node_pids]
+        with_config {0 {repl-timeout 2} 2 {repl-timeout 2}} {
+            # The target hangs before it can answer the offer: refused by time.
+            set id [hold_in_phase offered 0 2 5 7]
+            assert_equal failed [wait_job_ended 0 $id]
+            assert_match "*no answer within repl-timeout*" [job_field 0 $id last-error]
+            assert_match "*no answer within repl-timeout*" [let_go offered 0 2]
+            # Both hang; the target, who hears of the offer first, finds no source.
+            set id [hold_in_phase offered 0 2 5 7]
+            pause_process [node_pid 0]
+            resume_process [node_pid 2]
+            wait_for_condition 1500 10 {[llength [R 2 cluster slot-migrations id $id]] == 1} else {fail "no offer"}
+            assert_equal failed [wait_job_ended 2 $id]
+            assert_match "*cannot attach to the source*no answer within repl-timeout*" [job_field 2 $id last-error]
+            exec kill -CONT [node_pid 0]
+            assert_equal failed [wait_job_ended 0 $id]
+            catch {$::held_request read}
+            $::held_request close
+        }
+        assert_equal 0 [assert_one_owner {5 6 7} $before $pids]
+        move_slots 0 2 5 7
+        assert_equal 2 [assert_one_owner {5 6 7} $before $pids]
+    }
 }

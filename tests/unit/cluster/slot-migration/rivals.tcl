@@ -35,9 +35,23 @@ set ::elsewhere {
     24 failure    "A job past its commit cannot be cancelled, and completes"
     36 data       "Empty slots, the first and the last slot move"
     37 handoff    "A client that comes to the target a moment early is held until it is decided"
+    7  hangs      "PEERS 7: a source that hangs in the handshake, and a target, end the job within repl-timeout, with the reason"
+    8  fence      "PEERS 8: a job cancelled at its source while $phase stays cancelled, and is in nobody's way"
+    9  fence      "PEERS 9, 16: CLIENT PAUSE, FLUSHALL and CLUSTER FAILOVER of a node with two jobs end neither"
+    13 topology   "PEERS 13: adjacent ranges move as one job or as several, overlapping requests are refused by the slot"
+    15 topology   "$what at the same time: each is taken or refused with the reason, nobody stalls, no write is lost"
+    24 fence      {PEERS 24: CANCEL at the [expr {$node ? "target" : "source"}] of a job that is $phase: both ends say the same, and it is so}
+    25 fence      "PEERS 25: the cluster bus is lost at the hand-off, the two agree without it, and no write is lost"
+    25 hangs      "A $end that hangs for longer than the node timeout ($how) while a job is $phase: no acknowledged write is lost"
+    32 fence      "PEERS 32: with the last word lost, no moment has two nodes that serve a slot"
+    33 damage     "A command of the stream that fails at the target fails the job, with command and slot named"
+    34 membership {PEERS 34: a [expr {$forgotten ? "target" : "source"}] that $who forgets while a job is $phase: every slot has one owner, with its keys}
+    35 fence      "PEERS 35: writers that cannot be made to wait end in attempts that are given up, not in a fence that stays"
+    36 topology   "PEERS 36: slot 0 and slot 16383 move alone, with their neighbours and together, and only they"
+    37 fence      "PEERS 37: who waits at the target is sent back at once when the attempt is $how, and served by the source"
 }
 # Those for which there must be a test, here or there.
-set ::numbers {1 2 3 4 5 10 12 14 17 18 19 20 21 22 23 27 28}
+set ::numbers {1 2 3 4 5 7 8 9 10 12 13 14 15 16 17 18 19 20 21 22 23 24 25 27 28 32 33 34 35 36 37}
 
 proc unit_text {unit} {
     set fd [open tests/unit/cluster/slot-migration/$unit.tcl]
