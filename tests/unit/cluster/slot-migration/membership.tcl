@@ -114,4 +114,35 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
             assert_equal 3 [assert_one_owner {5 6 7} $before $pids]
         }
     }
+
+    foreach {command why} {{reset soft} "CLUSTER RESET of this node" {reset hard} "CLUSTER RESET of this node" flushslots "the cluster is down as this node sees it*"} {
+        foreach phase [phases_of source] {
+            test "[string toupper [lindex $command 0]] [lindex $command 1] of a source without keys while a job of its last slots is $phase: nobody has them twice" {
+                home
+                move_slots 0 3 5 7
+                set pids [node_pids]
+                set id [hold_in_phase $phase 3 0 5 7]
+                assert_equal OK [R 3 cluster {*}$command]
+                let_go $phase 3 0
+                # Past the commit the target has them, whatever its source does.
+                set taken [expr {$phase in {committed trimming}}]
+                set at_source [expr {$taken && $command eq "flushslots" ? "done" : "failed"}]
+                assert_equal $at_source [wait_job_ended 3 $id] [job_field 3 $id last-error]
+                if {$at_source eq "failed"} {assert_match $why [job_field 3 $id last-error]}
+                if {$phase ne "offered"} {assert_equal [expr {$taken ? "done" : "failed"}] [wait_job_ended 0 $id] [job_field 0 $id last-error]}
+                foreach n {0 1 2 3} {
+                    wait_for_condition 1500 10 {[jobs_running $n] == 0} else {fail "node $n goes on: [R $n cluster slot-migrations]"}
+                    assert {[is_alive [lindex $pids $n]]}
+                    assert_equal [expr {$taken && $n == 0}] [claims $n 5 7] "node $n"
+                }
+                if {$taken} {
+                    wait_for_condition 500 10 {![catch {R 0 incr [key_in 5 probe]}]} else {fail "node 0 does not serve: [R 0 cluster info]"}
+                } else {
+                    # Who is asked says that nobody serves them, and to nobody it gives keys.
+                    assert {[catch {R 0 set [key_in 5 probe] x} reply]}
+                    assert_equal {} [keys_in_slots 0 {5 6 7}]
+                }
+            }
+        }
+    }
 }
