@@ -88,6 +88,8 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
                 set answer [R $n cluster bumpepoch]
                 # A target that took over has got the highest epoch.
                 if {$phase ne "trimming" || $n != 2} {assert_match {BUMPED *} $answer}
+                # With a higher epoch than the target's it must not claim what it has committed.
+                if {$n == 0} {assert_equal [expr {$phase ni {committed trimming}}] [claims 0 5 7] $phase}
                 let_go $phase 0 2
                 set states [list [wait_job_ended 0 $id] [wait_job_ended 2 $id]]
                 set owner [assert_one_owner {5 6 7} $before $pids]
