@@ -953,7 +953,7 @@ proc home {} {
             incr claimed [expr {$last eq "" ? 1 : $last-$first+1}]
         }
     }
-    if {$claimed != 16384 || ![all_know_all]} {make_cluster}
+    if {$claimed != 16384 || ![all_know_all]} {form_cluster}
     set homes {0 5460 5461 10922 10923 16383}
     wait_cluster_agrees
     for {set n 0} {$n < 4} {incr n} {
@@ -976,7 +976,7 @@ proc home {} {
 }
 
 # The empty nodes, as they were when they were new. (FORGET works on for a minute.)
-proc make_cluster {} {
+proc form_cluster {} {
     set_node_timeouts 500       ;# for so long is a node down that was alone
     for {set n 0} {$n < 4} {incr n} {R $n cluster reset soft}
     foreach {n first last} {0 0 5460 1 5461 10922 2 10923 16383} {
