@@ -46,7 +46,8 @@
 typedef struct replicaConn { uint64_t client; char node[CLUSTER_NAMELEN+1]; } replicaConn;
 static list *replica_conns;
 
-/* What a replica has said of a job. */
+/* What a replica has said of a job. Names are compared by their 40 bytes: a node's
+ * own has no end. */
 typedef struct toldReplica {
     char node[CLUSTER_NAMELEN+1];
     int lost;
@@ -104,7 +105,7 @@ static client *onlineClient(const char *node) {
     while ((ln = listNext(&li)) != NULL) {
         client *c = listNodeValue(ln);
         const char *name = nodeOfReplica(c);
-        if (c->replstate == SLAVE_STATE_ONLINE && name && !strcmp(name,node)) return c;
+        if (c->replstate == SLAVE_STATE_ONLINE && name && !memcmp(name,node,CLUSTER_NAMELEN)) return c;
     }
     return NULL;
 }
@@ -124,7 +125,7 @@ static int hasCopiedSince(slotMigJob *job, const char *node) {
         client *c = listNodeValue(ln);
         const char *name = nodeOfReplica(c);
         if (c->id >= job->last_word_client && c->replstate == SLAVE_STATE_ONLINE && c->repl_ack_off >= job->last_word_offset &&
-            name && !strcmp(name,node)) return 1;
+            name && !memcmp(name,node,CLUSTER_NAMELEN)) return 1;
     }
     return 0;
 }
@@ -235,7 +236,7 @@ static toldReplica *findTold(slotMigJob *job, const char *node, int make) {
     }
     listRewind(job->told,&li);
     while ((ln = listNext(&li)) != NULL)
-        if (!strcmp(((toldReplica*)listNodeValue(ln))->node,node)) return listNodeValue(ln);
+        if (!memcmp(((toldReplica*)listNodeValue(ln))->node,node,CLUSTER_NAMELEN)) return listNodeValue(ln);
     if (!make) return NULL;
     toldReplica *t = zcalloc(sizeof(*t));
     memcpy(t->node,node,CLUSTER_NAMELEN);
@@ -256,8 +257,7 @@ int slotmigToldCount(slotMigJob *job, slotMigWord word, uint64_t n) {
     int count = 0;
     clusterNode *myself = server.cluster->myself;
     for (int i = 0; i < myself->numslaves; i++) {
-        char node[CLUSTER_NAMELEN+1] = {0};
-        memcpy(node,myself->slaves[i]->name,CLUSTER_NAMELEN);
+        const char *node = myself->slaves[i]->name;
         if (isTold(job,node,word,n)) count++;
     }
     return count;
@@ -269,8 +269,7 @@ sds slotmigNotTold(slotMigJob *job, slotMigWord word, uint64_t n) {
     clusterNode *myself = server.cluster->myself;
     for (int i = 0; i < myself->numslaves; i++) {
         clusterNode *r = myself->slaves[i];
-        char node[CLUSTER_NAMELEN+1] = {0};
-        memcpy(node,r->name,CLUSTER_NAMELEN);
+        const char *node = r->name;
         if (nodeFailed(r) || isTold(job,node,word,n)) continue;
         toldReplica *t = findTold(job,node,0);
         if (word == RELAY_ABORT && (t == NULL || t->word[RELAY_BEGIN] == 0)) continue;      /* never had it */
@@ -284,8 +283,7 @@ int slotmigBehind(slotMigJob *job, slotMigWord word, uint64_t n) {
     int count = 0;
     clusterNode *myself = server.cluster->myself;
     for (int i = 0; i < myself->numslaves; i++) {
-        char node[CLUSTER_NAMELEN+1] = {0};
-        memcpy(node,myself->slaves[i]->name,CLUSTER_NAMELEN);
+        const char *node = myself->slaves[i]->name;
         toldReplica *t = findTold(job,node,0);
         if (isOnline(node) && !(t && t->lost) && !isTold(job,node,word,n)) count++;
     }
@@ -297,8 +295,7 @@ int slotmigLostCount(slotMigJob *job) {
     int count = 0;
     clusterNode *myself = server.cluster->myself;
     for (int i = 0; i < myself->numslaves; i++) {
-        char node[CLUSTER_NAMELEN+1] = {0};
-        memcpy(node,myself->slaves[i]->name,CLUSTER_NAMELEN);
+        const char *node = myself->slaves[i]->name;
         toldReplica *t = findTold(job,node,0);
         if (t && t->lost) count++;
     }
@@ -317,8 +314,7 @@ size_t slotmigRelayRoom(slotMigJob *job) {
     clusterNode *myself = server.cluster->myself;
     if (window < RELAY_WINDOW_MIN) window = RELAY_WINDOW_MIN;
     for (int i = 0; i < myself->numslaves; i++) {
-        char node[CLUSTER_NAMELEN+1] = {0};
-        memcpy(node,myself->slaves[i]->name,CLUSTER_NAMELEN);
+        const char *node = myself->slaves[i]->name;
         if (!isOnline(node)) continue;
         toldReplica *t = findTold(job,node,0);
         if (t && t->lost) continue;
