@@ -149,24 +149,26 @@ void slotmigPingMasters(void) {
 
 /* ---- lineage ---- */
 
-/* The acting master of the shard that this node is, or was, the master of. NULL:
- * nobody knows the node any more. */
-clusterNode *slotmigLineageMaster(const char *name) {
+/* Who acts for this node: itself while it is a master and not FAIL; its master when it
+ * became a replica; else the one that took its slots over in its shard, if anybody did.
+ * A shard's id alone does not tell: a replica that was reset keeps it. `empty`: it had
+ * no slots, so that nobody can have been elected in its place. NULL: nobody knows the
+ * node any more. */
+clusterNode *slotmigLineageMaster(const char *name, int empty) {
     clusterNode *n = clusterLookupNode(name,CLUSTER_NAMELEN), *best = NULL;
-    if (n == NULL) return NULL;
+    if (n == NULL || (clusterNodeIsMaster(n) && !nodeFailed(n))) return n;
+    if (!clusterNodeIsMaster(n)) return n->slaveof ? n->slaveof : n;
+    if (empty || n->numslots) return n;
     dictIterator *di = dictGetSafeIterator(server.cluster->nodes);
     dictEntry *de;
     while ((de = dictNext(di)) != NULL) {
         clusterNode *node = dictGetVal(de);
-        if (!clusterNodeIsMaster(node) || memcmp(node->shard_id,n->shard_id,CLUSTER_NAMELEN)) continue;
-        if (nodeFailed(node) && node != n) continue;
-        if (best == NULL || (nodeFailed(best) && !nodeFailed(node)) ||
-            (!nodeFailed(best) == !nodeFailed(node) && node->configEpoch > best->configEpoch)) best = node;
+        if (!clusterNodeIsMaster(node) || nodeFailed(node) || node->numslots == 0) continue;
+        if (memcmp(node->shard_id,n->shard_id,CLUSTER_NAMELEN)) continue;
+        if (best == NULL || node->configEpoch > best->configEpoch) best = node;
     }
     dictReleaseIterator(di);
-    if (best) return best;
-    while (n->slaveof) n = n->slaveof;
-    return n;
+    return best ? best : n;
 }
 
 int slotmigSameLineage(const clusterNode *n, const char *name) {

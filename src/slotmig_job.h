@@ -77,6 +77,7 @@ typedef struct slotMigJob {
     slotSet slots;
     sds ranges;                         /* slotSetToString(slots) */
     char peer[CLUSTER_NAMELEN+1];       /* the other node's id */
+    int peer_empty;                     /* it had no slots at the start, nobody could be elected in its place */
     sds reason;                         /* why it is in this state; "" when there is nothing to say */
     sds last_error;
     mstime_t created, started, ended, state_since;
@@ -309,7 +310,7 @@ void slotmigBusTurn(void);
 int slotmigFresh(sds *why);
 int slotmigEpochEchoed(uint64_t epoch);
 void slotmigPingMasters(void);
-clusterNode *slotmigLineageMaster(const char *name);
+clusterNode *slotmigLineageMaster(const char *name, int empty);
 int slotmigSameLineage(const clusterNode *n, const char *name);
 int slotmigShardMates(const char *name);
 clusterNode *slotmigAliveInShard(const char *name);

@@ -514,6 +514,7 @@ slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, const 
         job->keys_total += kvstoreDictSize(server.db[0].keys,j);
     estimate(slots,job->keys_total,&job->bytes_total,&memory);
     job->control = *control;
+    job->peer_empty = target->numslots == 0;
     slotmigSetReason(job,"asking the target");
 
     /* CLUSTER SLOTMIG OFFER protocol job source target keys bytes memory start end ... */
@@ -1270,7 +1271,7 @@ static void askDone(connection *conn, const char *line, const char *error, void 
 }
 
 static void askTarget(slotMigJob *job) {
-    clusterNode *target = slotmigLineageMaster(job->peer);
+    clusterNode *target = slotmigLineageMaster(job->peer,job->peer_empty);
     if (job->src->ask || mstime() < job->src->next_ask) return;
     if (job->state != SLOTMIG_INHERITED && mstime() - job->state_since < (job->src->stream || slotmigCancellable(job) ? ASK_ANYWAY : 0)) return;
     if (target == NULL) {

@@ -1099,7 +1099,7 @@ static void askDone(connection *conn, const char *line, const char *error, void 
 }
 
 static void askSource(slotMigJob *job) {
-    clusterNode *source = slotmigLineageMaster(job->peer);
+    clusterNode *source = slotmigLineageMaster(job->peer,0);
     if ((job->tgt->stream && !job->tgt->ask_anyway) || job->tgt->ask || mstime() < job->tgt->next_ask) return;
     if (source == NULL) slotmigSetReason(job,"prepared; the source was forgotten: CLUSTER MEET it again");
     else job->tgt->ask = slotmigAsk(job,source,askDone);
