@@ -37,6 +37,14 @@ proc migrate_with {from to args} {
     lindex [R $from cluster migrate-slots slotsrange 3 10 node [node_id $to] {*}$args] 0
 }
 
+# New keys in the slots: their owner's number, and the other one's.
+proc fill_owner {} {
+    foreach n {0 2} {R $n flushall}
+    set owner [slot_owner 0 3]
+    fill_strings $owner $::slots 1000
+    list $owner [expr {2-$owner}]
+}
+
 proc memory_field {n field} {
     getInfoProperty [R $n info memory] $field
 }
@@ -80,10 +88,7 @@ start_cluster 3 3 {tags {external:skip cluster}} {
     }
 
     test "Only replicas that have the slots count: one that stands still keeps the hand-off from being done" {
-        foreach n {0 2} {R $n flushall}
-        set owner [slot_owner 0 3]
-        set other [expr {2-$owner}]
-        fill_strings $owner $::slots 1000
+        lassign [fill_owner] owner other
         failpoint [expr {$other+3}] target_replica_prepared pause
         R $owner config set cluster-slot-migration-write-pause-timeout 300
         set id [migrate $owner $other 3 10]
@@ -100,10 +105,7 @@ start_cluster 3 3 {tags {external:skip cluster}} {
     }
 
     test "WAITREPLICAS 0 does not wait for it; a replica that was not prepared copies everything anew" {
-        foreach n {0 2} {R $n flushall}
-        set owner [slot_owner 0 3]
-        set other [expr {2-$owner}]
-        fill_strings $owner $::slots 1000
+        lassign [fill_owner] owner other
         set synced [full_syncs $other]
         failpoint [expr {$other+3}] target_replica_prepared pause
         set id [migrate_with $owner $other WAITREPLICAS 0]
@@ -115,10 +117,7 @@ start_cluster 3 3 {tags {external:skip cluster}} {
     }
 
     test "A job that is cancelled leaves nothing at the replicas" {
-        foreach n {0 2} {R $n flushall}
-        set owner [slot_owner 0 3]
-        set other [expr {2-$owner}]
-        fill_strings $owner $::slots 1000
+        lassign [fill_owner] owner other
         set replica [expr {$other+3}]
         set id [migrate_with $owner $other HOLD]
         wait_job_state $other $id following
