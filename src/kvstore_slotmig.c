@@ -157,3 +157,7 @@ void kvstoreMoveAll(kvstore *src, kvstore *dst) {
 void kvstorePrefetchDict(kvstore *kvs, int didx) {
     if (didx >= 0 && didx < kvs->num_dicts && kvs->dicts[didx]) __builtin_prefetch(kvs->dicts[didx]);
 }
+
+dict *kvstoreSlotDict(kvstore *kvs, int didx) {
+    return kvs->dicts[didx];
+}

@@ -14,7 +14,8 @@
  * Offsets count from the 'R' of "REDIS". All numbers in the values below are
  * lower-case hexadecimal text, so that redis-check-rdb, which prints AUX
  * fields, stays readable. The values are written raw: no LZF, no integer
- * encoding, whatever the configuration says.
+ * encoding, whatever the configuration says. A node whose checksums are off
+ * writes 0 for the sections' CRC.
  *
  * slot-index: for each section, in the file's order
  *       slot ':' offset ':' bytes ':' keys ':' expires ':' crc ';'
@@ -42,56 +43,16 @@
  * Public License v3 (AGPLv3), see LICENSE. */
 
 #include "server.h"
-#include "cluster.h"
 #include "crc64.h"
-#include "crcspeed.h"
-#include "crccombine.h"
 #include "slot_rdb.h"
 
-#define SLOT_RDB_MAGIC "SLOTINDX"
-
-uint64_t slotRdbCombineCrc(uint64_t crc1, uint64_t crc2, uint64_t len2) {
-    return crc64_combine(crc1,crc2,len2,UINT64_C(0x95ac9329ac4bc9b5),64);
-}
-
-/* ---- the index ---- */
-
-void slotRdbIndexInit(slotRdbIndex *ix) {
-    memset(ix,0,sizeof(*ix));
-}
-
-void slotRdbIndexAdd(slotRdbIndex *ix, const slotRdbSection *s) {
-    if (ix->count == ix->room) {
-        ix->room = ix->room ? ix->room*2 : 64;
-        ix->sections = zrealloc(ix->sections,sizeof(*s)*ix->room);
-    }
-    ix->sections[ix->count++] = *s;
-}
-
-void slotRdbIndexFree(slotRdbIndex *ix) {
-    zfree(ix->sections);
-    slotRdbIndexInit(ix);
-}
-
-sds slotRdbIndexText(const slotRdbIndex *ix) {
-    sds text = sdsempty();
-    text = sdsMakeRoomFor(text,(size_t)ix->count*64);
-    for (int i = 0; i < ix->count; i++) {
-        const slotRdbSection *s = ix->sections+i;
-        char buf[128];
-        int len = snprintf(buf,sizeof(buf),"%x:%llx:%llx:%llx:%llx:%llx;",s->slot,
-            (unsigned long long)s->offset,(unsigned long long)s->bytes,
-            (unsigned long long)s->keys,(unsigned long long)s->expires,
-            (unsigned long long)s->crc);
-        text = sdscatlen(text,buf,len);
-    }
-    return text;
-}
+/* upstream's, not declared in its headers */
+int rdbSaveInfoAuxFields(rio *rdb, int rdbflags, rdbSaveInfo *rsi);
 
 /* ---- the writer ---- */
 
 /* An AUX field whose bytes do not depend on the configuration. */
-static int writeRawAux(rio *rdb, const char *name, const char *value, size_t len) {
+int slotRdbWriteAux(rio *rdb, const char *name, const char *value, size_t len) {
     if (rdbSaveType(rdb,RDB_OPCODE_AUX) == -1) return -1;
     if (rdbSaveLen(rdb,strlen(name)) == -1) return -1;
     if (rioWrite(rdb,name,strlen(name)) == 0) return -1;
@@ -107,18 +68,36 @@ void slotRdbWriterInit(slotRdbWriter *w, rio *rdb, uint64_t start) {
     slotRdbIndexInit(&w->index);
 }
 
+/* Up to the first section. */
+int slotRdbHead(rio *rdb, uint64_t keys, uint64_t expires) {
+    char magic[10];
+    snprintf(magic,sizeof(magic),"REDIS%04d",RDB_VERSION);
+    if (rdbWriteRaw(rdb,magic,9) == -1 || rdbSaveInfoAuxFields(rdb,0,NULL) == -1) return -1;
+    if (keys == 0) return 0;
+    if (rdbSaveType(rdb,RDB_OPCODE_SELECTDB) == -1 || rdbSaveLen(rdb,0) == -1) return -1;
+    return rdbSaveType(rdb,RDB_OPCODE_RESIZEDB) == -1 || rdbSaveLen(rdb,keys) == -1 || rdbSaveLen(rdb,expires) == -1 ? -1 : 0;
+}
+
+/* What a section begins with. */
+int slotRdbSectionHead(rio *rdb, int slot, uint64_t keys, uint64_t expires) {
+    if (rdbSaveType(rdb,RDB_OPCODE_SLOT_INFO) == -1) return -1;
+    if (rdbSaveLen(rdb,slot) == -1) return -1;
+    if (rdbSaveLen(rdb,keys) == -1) return -1;
+    return rdbSaveLen(rdb,expires) == -1 ? -1 : 0;
+}
+
 /* The rio sums one section at a time; the file's own sum is put together from
  * the sections' when they end, so nothing is read twice. */
-int slotRdbSectionBegin(slotRdbWriter *w, int slot, uint64_t keys, uint64_t expires) {
+void slotRdbSectionOpen(slotRdbWriter *w, int slot, uint64_t keys, uint64_t expires) {
     w->section = (slotRdbSection){ .slot = slot, .keys = keys, .expires = expires,
         .offset = w->rdb->processed_bytes - w->start };
     w->outer_crc = w->rdb->cksum;
     w->rdb->cksum = 0;
-    if (rdbSaveType(w->rdb,RDB_OPCODE_SLOT_INFO) == -1) return -1;
-    if (rdbSaveLen(w->rdb,slot) == -1) return -1;
-    if (rdbSaveLen(w->rdb,keys) == -1) return -1;
-    if (rdbSaveLen(w->rdb,expires) == -1) return -1;
-    return 0;
+}
+
+int slotRdbSectionBegin(slotRdbWriter *w, int slot, uint64_t keys, uint64_t expires) {
+    slotRdbSectionOpen(w,slot,keys,expires);
+    return slotRdbSectionHead(w->rdb,slot,keys,expires);
 }
 
 int slotRdbSectionEnd(slotRdbWriter *w) {
@@ -129,6 +108,12 @@ int slotRdbSectionEnd(slotRdbWriter *w) {
     return 0;
 }
 
+int slotRdbSectionPut(slotRdbWriter *w, int slot, uint64_t keys, uint64_t expires, const char *bytes, size_t len) {
+    slotRdbSectionOpen(w,slot,keys,expires);
+    if (rioWrite(w->rdb,bytes,len) == 0) return -1;
+    return slotRdbSectionEnd(w);
+}
+
 int slotRdbWriteSectionAux(slotRdbWriter *w, int64_t point) {
     char buf[128];
     const slotRdbSection *s = &w->section;
@@ -136,68 +121,102 @@ int slotRdbWriteSectionAux(slotRdbWriter *w, int64_t point) {
         (unsigned long long)s->bytes,(unsigned long long)s->keys,
         (unsigned long long)s->expires,(unsigned long long)s->crc,
         (unsigned long long)point);
-    return writeRawAux(w->rdb,SLOT_RDB_AUX_SECTION,buf,len);
+    return slotRdbWriteAux(w->rdb,SLOT_RDB_AUX_SECTION,buf,len);
 }
 
 int slotRdbWriteIndex(slotRdbWriter *w) {
     sds text = slotRdbIndexText(&w->index);
-    int res = writeRawAux(w->rdb,SLOT_RDB_AUX_INDEX,text,sdslen(text));
+    int res = slotRdbWriteAux(w->rdb,SLOT_RDB_AUX_INDEX,text,sdslen(text));
     if (res == 0) {
         char buf[SLOT_RDB_TRAILER_LEN+1];
         snprintf(buf,sizeof(buf),SLOT_RDB_MAGIC "%04x%016llx%016llx%016llx",SLOT_RDB_VERSION,
             (unsigned long long)(w->rdb->processed_bytes - w->start - sdslen(text)),
             (unsigned long long)sdslen(text),
             (unsigned long long)crc64(0,(unsigned char*)text,sdslen(text)));
-        res = writeRawAux(w->rdb,SLOT_RDB_AUX_TRAILER,buf,SLOT_RDB_TRAILER_LEN);
+        res = slotRdbWriteAux(w->rdb,SLOT_RDB_AUX_TRAILER,buf,SLOT_RDB_TRAILER_LEN);
     }
     sdsfree(text);
     return res;
+}
+
+int slotRdbWriteEnd(slotRdbWriter *w) {
+    if (slotRdbWriteIndex(w) == -1 || rdbSaveType(w->rdb,RDB_OPCODE_EOF) == -1) return -1;
+    uint64_t sum = w->rdb->cksum;
+    memrev64ifbe(&sum);
+    return rioWrite(w->rdb,&sum,8) == 0 || rioFlush(w->rdb) == 0 ? -1 : 0;
+}
+
+void slotRdbWriterPause(slotRdbWriter *w) {
+    w->paused_at = w->rdb->processed_bytes;
+    w->paused_crc = w->rdb->cksum;
+    w->rdb = NULL;
+}
+
+void slotRdbWriterResume(slotRdbWriter *w, rio *rdb) {
+    w->rdb = rdb;
+    rdb->processed_bytes = w->paused_at;
+    rdb->cksum = w->paused_crc;
 }
 
 void slotRdbWriterFree(slotRdbWriter *w) {
     slotRdbIndexFree(&w->index);
 }
 
-/* ---- the readers ---- */
+/* ---- every RDB of a cluster node: hooks in rdb.c ---- */
 
-/* One hexadecimal number of at most 16 digits that ends with `stop`. */
-static const char *parseHex(const char *p, const char *end, char stop, uint64_t *v) {
-    int digits = 0;
-    for (*v = 0; p < end && *p != stop; p++, digits++) {
-        int d = (*p >= '0' && *p <= '9') ? *p-'0' : (*p >= 'a' && *p <= 'f') ? *p-'a'+10 : -1;
-        if (d < 0 || digits == 16) return NULL;
-        *v = *v<<4 | d;
-    }
-    return (p < end && digits) ? p+1 : NULL;
+/* A process writes one RDB at a time. It stands open from one key to the next, so the
+ * section that is open is known here and not in rdb.c. */
+static slotRdbWriter saving;
+static int section_open;
+
+void slotRdbSaveBegin(rio *rdb) {
+    slotRdbWriterFree(&saving);     /* of one that failed */
+    slotRdbWriterInit(&saving,rdb,rdb->processed_bytes);
+    section_open = 0;
 }
 
-int slotRdbParseSection(const char *text, size_t len, slotRdbSection *s) {
-    const char *p = text, *end = text+len;
-    uint64_t slot, point;
-    memset(s,0,sizeof(*s));
-    if ((p = parseHex(p,end,':',&slot)) == NULL || slot >= CLUSTER_SLOTS) return 0;
-    if ((p = parseHex(p,end,':',&s->bytes)) == NULL) return 0;
-    if ((p = parseHex(p,end,':',&s->keys)) == NULL) return 0;
-    if ((p = parseHex(p,end,':',&s->expires)) == NULL) return 0;
-    if ((p = parseHex(p,end,':',&s->crc)) == NULL) return 0;
-    if ((p = parseHex(p,end,';',&point)) == NULL || p != end) return 0;
-    s->slot = slot;
-    s->point = point;
+/* Bytes written, -1: a write error. */
+ssize_t slotRdbSaveSlot(int slot, uint64_t keys, uint64_t expires) {
+    slotRdbSaveSlotEnd();
+    size_t before = saving.rdb->processed_bytes;
+    if (slotRdbSectionBegin(&saving,slot,keys,expires) == -1) return -1;
+    section_open = 1;
+    return saving.rdb->processed_bytes - before;
+}
+
+void slotRdbSaveSlotEnd(void) {
+    if (section_open) slotRdbSectionEnd(&saving);
+    section_open = 0;
+}
+
+int slotRdbSaveIndex(void) {
+    int res = server.cluster_enabled ? slotRdbWriteIndex(&saving) : 0;
+    slotRdbWriterFree(&saving);
+    return res;
+}
+
+/* The keys are loaded by what stands before them, so an index that is wrong is told and
+ * does no harm. What of its value can be checked when the trailer comes is kept. */
+int slotRdbLoadAux(rio *rdb, const char *name, const char *value, size_t len) {
+    static slotRdbTrailer found;
+    static const char *wrong;
+    if (!strcmp(name,SLOT_RDB_AUX_SECTION)) return 1;
+    if (!strcmp(name,SLOT_RDB_AUX_INDEX)) {
+        slotRdbIndex ix;
+        found = (slotRdbTrailer){ .offset = rdb->processed_bytes-len, .bytes = len,
+            .crc = crc64(0,(const unsigned char*)value,len) };
+        wrong = slotRdbParseIndex(value,len,found.offset,&ix);
+        slotRdbIndexFree(&ix);
+        return 1;
+    }
+    if (strcmp(name,SLOT_RDB_AUX_TRAILER)) return 0;
+    slotRdbTrailer said;
+    const char *why = slotRdbParseTrailer(value,len,&said);
+    if (!why && (said.offset != found.offset || said.bytes != found.bytes)) why = "it is not where the trailer says";
+    if (!why && said.crc != found.crc) why = "its CRC is wrong";
+    if (!why) why = wrong;
+    if (why) serverLog(LL_WARNING,"The index of slots in the RDB is of no use: %s. All keys are loaded, as without one.",why);
+    memset(&found,0,sizeof(found));
+    wrong = NULL;
     return 1;
-}
-
-int slotRdbParseTrailer(const char *text, size_t len, uint64_t *offset, uint64_t *bytes, uint64_t *crc) {
-    char buf[SLOT_RDB_TRAILER_LEN+2];
-    uint64_t version;
-    if (len != SLOT_RDB_TRAILER_LEN || memcmp(text,SLOT_RDB_MAGIC,8)) return 0;
-    memcpy(buf,text,len);
-    struct { int at, digits; uint64_t *v; } part[] =
-        {{8,4,&version},{12,16,offset},{28,16,bytes},{44,16,crc}};
-    for (int i = 0; i < 4; i++) {
-        char number[18];
-        memcpy(number,buf+part[i].at,part[i].digits);
-        number[part[i].digits] = ';';
-        if (parseHex(number,number+part[i].digits+1,';',part[i].v) == NULL) return 0;
-    }
-    return version == SLOT_RDB_VERSION;
 }

@@ -12,6 +12,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 #include "slotmig_version.h"
 
 struct client;
@@ -20,6 +21,7 @@ struct redisOpArray;
 struct redisDb;
 struct redisObject;
 struct _kvstore;
+struct _rio;
 struct RedisModuleType;
 
 /* How many jobs are not finished. The first test of every hook below. */
@@ -32,14 +34,20 @@ struct slotmigConfig {
     long long write_pause_timeout;  /* Milliseconds a fence may stand before the attempt is given up. */
     unsigned long long buffer_limit;/* Bytes of stream that may wait on either side. */
     long long log_max_len;          /* Finished jobs to remember. */
+    long long timeout;              /* Milliseconds for which a job may be interrupted; 0: it fails at once. */
+    long long backlog_size;         /* Bytes of the backlog, at least, while this node is a source. */
     int wait_replicas;              /* Of the target's, that must have the slots before the hand-off. */
+    int snapshot;                   /* SLOTMIG_SNAPSHOT_*: who takes a snapshot. */
+    int load_threads;               /* That load an RDB's sections; 0: by the processors. */
 };
+enum { SLOTMIG_SNAPSHOT_AUTO, SLOTMIG_SNAPSHOT_THREAD, SLOTMIG_SNAPSHOT_FORK };
 extern struct slotmigConfig slotmig_config;
 
 /* ---- server life ---- */
 void slotmigInit(void);                 /* once, from clusterInit() */
 void slotmigBeforeSleep(void);          /* every turn of the event loop */
 void slotmigShutdown(void);             /* before the process exits: ends threads and children */
+int slotmigForkFails(void);             /* 1, and errno: a fail point is set for children of every kind */
 char *slotmigInfo(char *info);          /* sds in, sds out: fields of CLUSTER INFO */
 char *slotmigInfoMemory(char *info);    /* the same, of INFO memory */
 void slotmigResetStats(void);           /* CONFIG RESETSTAT */
@@ -49,6 +57,16 @@ size_t slotmigNotCountedMemory(void);   /* bytes that must not make this node ev
 
 /* ---- commands: returns 1 when the CLUSTER subcommand was ours ---- */
 int slotmigCommand(struct client *c);
+int slotmigDebug(struct client *c);     /* the same, of a DEBUG subcommand */
+
+/* ---- slots that the saver's thread reads right now (slotmig_saver.c) ---- */
+extern int slotmig_frozen;
+#define slotmigFrozen() (__builtin_expect(__atomic_load_n(&slotmig_frozen,__ATOMIC_RELAXED) != 0, 0))
+void slotmigTouched(struct _kvstore *kvs, int slot);    /* somebody wants its dict: waits if it must */
+void slotmigThaw(void);                                 /* waits until nothing is frozen */
+int slotmigCronWaits(void);                             /* 1: not now, it will be called */
+int slotmigInSaver(void);                               /* any thread: does this one save for a migration? */
+void slotmigFreezeTurn(void);                           /* at the end of each turn of the event loop */
 
 /* ---- the source: feed, fence, closed slots ---- */
 int slotmigFeeds(void);                              /* does a job follow the writes? */
@@ -62,9 +80,10 @@ struct _clusterNode *slotmigSlotOwner(int slot, struct _clusterNode *owner); /* 
 
 /* ---- the cluster's slot map ---- */
 int slotmigRefuseSlotChange(struct client *c, int slot); /* 1: replied with an error, the slot is in a job */
-int slotmigKeepsLostSlot(int slot, struct _clusterNode *claimant);                  /* 1: the job trims it, do not delete its keys */
+int slotmigKeepsLostSlot(int slot, struct _clusterNode *claimant);                  /* 1: do not delete its keys: a job trims it, or they are gone */
 int slotmigKeepsMaster(struct _clusterNode *newmaster); /* 1: its last slot is gone, but the hand-off is not over */
 int slotmigIsReplaced(struct _clusterNode *claimant); /* 1: by its own replica; what it has left is in doubt there */
+int slotmigSucceeds(struct _clusterNode *newmaster, struct _clusterNode *old); /* 1: it was elected in its place */
 void slotmigBeforeEpochRaise(void);                  /* our claim must not win closed slots back */
 void slotmigClusterReset(void);
 char *slotmigSaveVars(char *conf);                   /* sds in, sds out: our variables for nodes.conf */
@@ -79,6 +98,11 @@ int slotmigDropsGivenSlot(int slot);                 /* 1: its keys were an old 
 char *slotmigCapability(void);                       /* what a replica tells its master that it can do */
 void slotmigReplicaCapability(struct client *c, const char *capa);
 void slotmigReplicaWord(struct client *c);           /* REPLCONF SLOTMIG, from a replica */
+long long slotmigBacklogSize(long long configured);  /* Bytes below which the backlog is not trimmed now. */
+int slotmigKeepsBacklog(void);                       /* is there a job that may need it? */
+
+int slotmigSaveJobs(struct _rio *rdb);               /* into an RDB for replicas; -1: a write error */
+int slotmigLoadAux(const char *name, char *value);   /* of an RDB from a master; 1: it was ours */
 
 /* ---- the key space ---- */
 void slotmigFlushed(struct redisDb *dbarray, int dbnum, int async); /* before db `dbnum` (-1: all) is emptied */
@@ -95,11 +119,31 @@ void **slotmigEbOwner(void **eb, unsigned tag);
 /* ---- kvstore_slotmig.c, part of kvstore.c ---- */
 void kvstoreMoveDict(struct _kvstore *src, int sidx, struct _kvstore *dst, int didx);
 void kvstoreMoveAll(struct _kvstore *src, struct _kvstore *dst);
+struct dict *kvstoreSlotDict(struct _kvstore *kvs, int didx); /* NULL: none; looks at no freeze */
 void kvstorePrefetchDict(struct _kvstore *kvs, int didx);  /* its size is wanted soon; any place, there or not */
+
+/* ---- slot_rdb.c: the sections and the index of every RDB that a cluster node writes.
+ * In this order; on whichever process saves, one RDB at a time. -1: a write error ---- */
+void slotRdbSaveBegin(struct _rio *rdb);            /* nothing of the RDB is written yet */
+ssize_t slotRdbSaveSlot(int slot, uint64_t keys, uint64_t expires); /* its keys follow; the bytes written */
+void slotRdbSaveSlotEnd(void);                      /* no key follows */
+int slotRdbSaveIndex(void);                         /* EOF and checksum follow */
+int slotRdbLoadAux(struct _rio *rdb, const char *name, const char *value, size_t len); /* an AUX field that was read; 1: it was ours */
+
+/* ---- slot_rdb_load.c: the sections of a file's RDB, loaded by several threads ---- */
+void slotRdbLoadBegin(struct _rio *rdb, int rdbflags);  /* nothing of it is read yet */
+/* The opcode of the first section was read. 0: read on; 1: all sections are loaded, the rio
+ * stands behind them; -1: one is wrong, which was logged. */
+int slotRdbLoadSections(struct _rio *rdb, struct redisDb *db, int rdbflags, long long now, long long lru_clock, long long *empty_keys);
+void slotRdbLoadStop(void);                         /* before the process exits: ends the threads */
+
+/* ---- slot_rdb_check.c: redis-check-rdb --slots. Returns unless the arguments are for it ---- */
+void slotRdbCheckMain(int argc, char **argv);
 
 /* ---- inside upstream's RDB reader: on the loader's thread, or on the main one
  * while it decodes a module's value for it (slotmigDecodeValue) ---- */
 int slotmigInLoader(void);                      /* any thread */
+int slotmigLoaderValidates(void);               /* any thread; must values be checked in depth? */
 int slotmigLoaderError(const char *msg);        /* any thread; 1: taken, do not log or exit */
 struct RedisModuleType *slotmigLoaderModuleType(uint64_t id);
 

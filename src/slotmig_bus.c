@@ -106,6 +106,7 @@ void slotmigHeardEpoch(clusterNode *sender, uint64_t current_epoch) {
     while ((ln = listNext(&li)) != NULL) {
         heardEpoch *h = listNodeValue(ln);
         if (memcmp(h->node,sender->name,CLUSTER_NAMELEN)) continue;
+        if (h->epoch < current_epoch) slotmigJobsSoon();    /* one may wait for it */
         h->epoch = current_epoch;
         return;
     }
@@ -113,6 +114,7 @@ void slotmigHeardEpoch(clusterNode *sender, uint64_t current_epoch) {
     memcpy(h->node,sender->name,CLUSTER_NAMELEN);
     h->epoch = current_epoch;
     listAddNodeTail(heard_epochs,h);
+    slotmigJobsSoon();
 }
 
 static int echoed(clusterNode *n, uint64_t epoch) {
@@ -169,6 +171,21 @@ clusterNode *slotmigLineageMaster(const char *name, int empty) {
     }
     dictReleaseIterator(di);
     return best ? best : n;
+}
+
+/* The master with slots, other than this node, in this node's shard. NULL: there is none. */
+clusterNode *slotmigSuccessor(void) {
+    clusterNode *myself = server.cluster->myself, *best = NULL;
+    dictIterator *di = dictGetSafeIterator(server.cluster->nodes);
+    dictEntry *de;
+    while ((de = dictNext(di)) != NULL) {
+        clusterNode *node = dictGetVal(de);
+        if (node == myself || !clusterNodeIsMaster(node) || nodeFailed(node) || node->numslots == 0) continue;
+        if (memcmp(node->shard_id,myself->shard_id,CLUSTER_NAMELEN)) continue;
+        if (best == NULL || node->configEpoch > best->configEpoch) best = node;
+    }
+    dictReleaseIterator(di);
+    return best;
 }
 
 int slotmigSameLineage(const clusterNode *n, const char *name) {

@@ -1,24 +1,32 @@
 /* slotmig_command.c -- the CLUSTER subcommands: parse, validate, reply.
  *
  *   CLUSTER MIGRATE-SLOTS SLOTSRANGE start end [start end ...] NODE target-id
- *           [SLOTSRANGE ... NODE ...] [RATE n] [HOLD] [WAITREPLICAS n]      array of job ids
- *   CLUSTER ALTER-SLOT-MIGRATION ID job-id [RATE n] [WAITREPLICAS n] [HOLD | RELEASE] [PAUSE | RESUME]
+ *           [SLOTSRANGE ... NODE ...] [RATE n] [HOLD] [WAITREPLICAS n] [TIMEOUT ms]   array of job ids
+ *           [DRYRUN]                                array of maps, see slotmig_plan.c
+ *   CLUSTER ALTER-SLOT-MIGRATION ID job-id [RATE n] [WAITREPLICAS n] [TIMEOUT ms] [HOLD | RELEASE] [PAUSE | RESUME]
  *   CLUSTER ALTER-SLOT-MIGRATION ID job-id TAKEOVER
  *   CLUSTER SLOT-MIGRATIONS [ID job-id]             array of maps, newest first
  *   CLUSTER CANCEL-SLOT-MIGRATIONS ID job-id [FORCE] | ALL      how many
+ *   CLUSTER BACKUP-SLOTS SLOTSRANGE start end [start end ...]   an RDB, see slotmig_backup.c
+ *   CLUSTER RESTORE-SLOTS FILE path [SLOTSRANGE start end ...] [REPLACE]   a map, see slotmig_restore.c
  *
  * and what the nodes say to each other, on internal connections only:
  *
  *   CLUSTER SLOTMIG OFFER protocol job source target keys bytes memory start end ...   OK
- *   CLUSTER SLOTMIG ATTACH job stream|snapshot      the connection becomes the job's
+ *   CLUSTER SLOTMIG PROBE protocol source target memory start end ...   OK bytes: see slotmig_plan.c
+ *   CLUSTER SLOTMIG ATTACH job stream node replid offset   the connection becomes the job's stream
+ *   CLUSTER SLOTMIG ATTACH job snapshot             the same, for the snapshot's bytes
  *   CLUSTER SLOTMIG ASK job asker asked role how start end ...  a word on a hand-off in doubt
  *   CLUSTER SLOTMIG RELAY job seq word ...          from a replica's master, see slotmig_relay.c
  *   CLUSTER SLOTMIG REQUEST SLOTSRANGE ...          MIGRATE-SLOTS, answered in a line
- *   CLUSTER SLOTMIG FAILPOINT name off|fail|pause|crash [at]    for tests, needs
- *                                                   enable-debug-command
+ *
+ * and, for tests, DEBUG SLOTMIG FAILPOINT name off|fail|pause|crash|delay [at]; without an
+ * action, how often it was reached since it was set.
  *
  * MIGRATE-SLOTS answers when every target has accepted or one has refused; its
  * client is blocked meanwhile. If one refuses, none of the command's jobs goes on.
+ *
+ * What the rivals call these commands is in slotmig_rivals.c.
  *
  * Main thread only.
  *
@@ -30,18 +38,17 @@
 
 /* ---- what is common to both sides ---- */
 
-sds slotmigCheckNode(void) {
+/* `running`: a job, that waits for the cluster when it is down. */
+sds slotmigCheckNode(int running) {
     clusterNode *myself = server.cluster->myself;
     if (!clusterNodeIsMaster(myself)) return sdsnew("this node is a replica: send the command to its master");
-    if (server.cluster->state != CLUSTER_OK) return sdsnew("the cluster is down as this node sees it: see CLUSTER INFO");
+    if (!running && server.cluster->state != CLUSTER_OK) return sdsnew("the cluster is down as this node sees it: see CLUSTER INFO");
     if (server.cluster_module_flags & CLUSTER_MODULE_FLAG_NO_REDIRECTION)
         return sdsnew("a module has turned off the cluster's redirections");
-    sds error = slotmigCheckReplicas();
-    if (error) return error;
-    if (server.aof_state != AOF_OFF)
-        return sdscatprintf(sdsempty(),"node %.40s has 'appendonly yes', which this version cannot migrate yet: "
-            "use redis-cli --cluster reshard",myself->name);
-    return NULL;
+    if (!running && server.aof_state != AOF_OFF && slotmigAofRenamed())
+        return sdscatprintf(sdsempty(),"the command '%s' was renamed (rename-command) and there is an append-only file, which needs "
+            "it at a migration: give it its name back, or set appendonly to no",slotmigAofRenamed());
+    return slotmigCheckReplicas();
 }
 
 sds *slotmigRangeArgs(sds *argv, int *argc, const slotSet *slots) {
@@ -67,7 +74,7 @@ slotMigDial *slotmigAsk(slotMigJob *job, clusterNode *node, slotMigDialDone *don
     argv[argc++] = sdsnewlen(server.cluster->myself->name,CLUSTER_NAMELEN);
     argv[argc++] = sdsnewlen(node->name,CLUSTER_NAMELEN);
     argv[argc++] = sdsnew(job->role == SLOTMIG_SOURCE ? "target" : "source");
-    argv[argc++] = sdsnew(job->state == SLOTMIG_INHERITED ? "inherited" : "bound");
+    argv[argc++] = sdsnew(job->state == SLOTMIG_INHERITED ? "inherited" : job->state == SLOTMIG_COMMITTED ? "committed" : "bound");
     argv = slotmigRangeArgs(argv,&argc,&job->slots);
     slotMigDial *d = slotmigDial(node,argc,argv,done,job);
     zfree(argv);
@@ -82,7 +89,7 @@ static int parseSlot(robj *o) {
 
 /* Pairs of slots from argv[*at] on, until something that is no number. NULL:
  * ok. `all` has the slots of the whole command. */
-static sds parseRanges(client *c, int *at, slotSet *slots, slotSet *all) {
+sds slotmigParseRangeArgs(client *c, int *at, slotSet *slots, slotSet *all) {
     slotSetClear(slots);
     while (*at < c->argc) {
         sds word = c->argv[*at]->ptr;
@@ -108,7 +115,7 @@ static sds parseRanges(client *c, int *at, slotSet *slots, slotSet *all) {
 /* A command that waits for its targets' answers. */
 typedef struct migrateRequest {
     uint64_t client;
-    int in_a_line;              /* asked by another node */
+    slotMigReply *reply;
     int waiting;                /* answers still to come */
     int njobs;
     sds error;                  /* of the first that refused */
@@ -122,15 +129,17 @@ static void wakeClientDone(client *c) {
     unblockClient(c,1);
 }
 
-static void replyIds(client *c, migrateRequest *rq) {
-    if (rq->in_a_line) {
-        sds line = sdsnew("+");
-        for (int i = 0; i < rq->njobs; i++) line = sdscatfmt(line,"%s%s",i ? " " : "",rq->ids[i]);
-        addReplySds(c,sdscatlen(line,"\r\n",2));
-        return;
-    }
-    addReplyArrayLen(c,rq->njobs);
-    for (int i = 0; i < rq->njobs; i++) addReplyBulkCBuffer(c,rq->ids[i],SLOTMIG_ID_LEN);
+static void replyIds(client *c, sds ids) {
+    int n;
+    sds *id = sdssplitlen(ids,sdslen(ids)," ",1,&n);
+    addReplyArrayLen(c,n);
+    for (int i = 0; i < n; i++) addReplyBulkCBuffer(c,id[i],sdslen(id[i]));
+    sdsfreesplitres(id,n);
+}
+
+/* Asked by another node. */
+static void replyLine(client *c, sds ids) {
+    addReplyStatus(c,ids);
 }
 
 static void requestFinished(migrateRequest *rq) {
@@ -144,12 +153,31 @@ static void requestFinished(migrateRequest *rq) {
         }
     }
     if (c) {
-        if (rq->error) addReplyErrorFormat(c,"%s",rq->error);
-        else replyIds(c,rq);
+        if (rq->error) {
+            addReplyErrorFormat(c,"%s",rq->error);
+        } else {
+            sds ids = sdsempty();
+            for (int i = 0; i < rq->njobs; i++) ids = sdscatfmt(ids,"%s%s",i ? " " : "",rq->ids[i]);
+            rq->reply(c,ids);
+            sdsfree(ids);
+        }
         wakeClientDone(c);
     }
     sdsfree(rq->error);
     zfree(rq);
+}
+
+/* Does the command that it belongs to wait for other targets, and may still be refused? */
+int slotmigRequestIsOpen(const slotMigJob *job) {
+    if (requests == NULL) return 0;
+    listIter li;
+    listNode *ln;
+    listRewind(requests,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        migrateRequest *rq = listNodeValue(ln);
+        for (int i = 0; i < rq->njobs; i++) if (!strcmp(rq->ids[i],job->id)) return 1;
+    }
+    return 0;
 }
 
 void slotmigRequestAnswered(slotMigJob *job, const char *error) {
@@ -173,28 +201,43 @@ void slotmigRequestAnswered(slotMigJob *job, const char *error) {
 }
 
 /* The client asked the target: the owner of the slots is asked instead. */
+typedef struct forwardedRequest { uint64_t client; slotMigReply *reply; } forwardedRequest;
+
 static void forwarded(connection *conn, const char *line, const char *error, void *arg) {
-    uint64_t *id = arg;
-    client *c = slotmigBlockedClient(*id);
-    zfree(id);
+    forwardedRequest *rq = arg;
+    client *c = slotmigBlockedClient(rq->client);
     if (conn) connClose(conn);
-    if (c == NULL) return;
-    if (error) {
+    if (c && error) {
         if (strstr(error,"unknown subcommand"))
             addReplyError(c,"The slots' owner runs a server that cannot give slots away this way: upgrade it, or use redis-cli --cluster reshard");
         else
             addReplyErrorFormat(c,"The slots' owner answers: %s",!strncmp(error,"ERR ",4) ? error+4 : error);
-    } else {
-        int n;
-        sds *ids = sdssplitlen(line+1,strlen(line+1)," ",1,&n);
-        addReplyArrayLen(c,n);
-        for (int i = 0; i < n; i++) addReplyBulkCBuffer(c,ids[i],sdslen(ids[i]));
-        sdsfreesplitres(ids,n);
+    } else if (c) {
+        sds ids = sdsnew(line+1);
+        rq->reply(c,ids);
+        sdsfree(ids);
     }
-    wakeClientDone(c);
+    if (c) wakeClientDone(c);
+    zfree(rq);
 }
 
-static void forwardToOwner(client *c, int first_arg, const slotSet *all) {
+/* Ask `owner` to give slots to this node, with the words of MIGRATE-SLOTS (taken), for
+ * the client, which is blocked until the answer is there. */
+void slotmigRequest(client *c, clusterNode *owner, int n, sds *words, slotMigReply *reply) {
+    sds *argv = zmalloc(sizeof(sds)*(n+3));
+    argv[0] = sdsnew("CLUSTER");
+    argv[1] = sdsnew("SLOTMIG");
+    argv[2] = sdsnew("REQUEST");
+    memcpy(argv+3,words,sizeof(sds)*n);
+    forwardedRequest *rq = zmalloc(sizeof(*rq));
+    rq->client = c->id;
+    rq->reply = reply;
+    slotmigDial(owner,n+3,argv,forwarded,rq);
+    zfree(argv);
+    slotmigBlockClient(c);
+}
+
+static void forwardToOwner(client *c, int first_arg, const slotSet *all, slotMigReply *reply) {
     clusterNode *owner = server.cluster->slots[slotSetNext(all,0)];
     for (int j = slotSetNext(all,0); j != -1; j = slotSetNext(all,j+1)) {
         clusterNode *n = server.cluster->slots[j];
@@ -211,24 +254,16 @@ static void forwardToOwner(client *c, int first_arg, const slotSet *all) {
             return;
         }
     }
-    int argc = 0;
-    sds *argv = zmalloc(sizeof(sds)*(c->argc+3));
-    argv[argc++] = sdsnew("CLUSTER");
-    argv[argc++] = sdsnew("SLOTMIG");
-    argv[argc++] = sdsnew("REQUEST");
-    for (int i = first_arg; i < c->argc; i++) argv[argc++] = sdsdup(c->argv[i]->ptr);
-    uint64_t *id = zmalloc(sizeof(*id));
-    *id = c->id;
-    slotmigDial(owner,argc,argv,forwarded,id);
-    zfree(argv);
-    slotmigBlockClient(c);
+    int n = 0;
+    sds *words = zmalloc(sizeof(sds)*c->argc);
+    for (int i = first_arg; i < c->argc; i++) words[n++] = sdsdup(c->argv[i]->ptr);
+    slotmigRequest(c,owner,n,words,reply);
+    zfree(words);
 }
 
-#define BLOCKS_MAX 128      /* targets in one command */
-
-/* RATE, HOLD and the like from argv[*at] on; those of a running job too if `alter`.
- * NULL: all words were understood. */
-static sds parseControl(client *c, int *at, int alter, struct slotMigControl *control) {
+/* RATE, HOLD and the like from argv[*at] on; those of a running job too if `alter`, else
+ * those of one that begins. NULL: all words were understood. */
+static sds parseControl(client *c, int *at, int alter, struct slotMigControl *control, int *dry_run) {
     int hold = 0, pause = 0;    /* how often it was said */
     for (; *at < c->argc; (*at)++) {
         char *word = c->argv[*at]->ptr;
@@ -244,30 +279,64 @@ static sds parseControl(client *c, int *at, int alter, struct slotMigControl *co
                     "must have the slots",*at+1 < c->argc ? (char*)c->argv[*at+1]->ptr : "");
             (*at)++;
         }
+        else if (!strcasecmp(word,"timeout")) {
+            if (*at+1 == c->argc || getLongLongFromObject(c->argv[*at+1],&control->timeout) != C_OK || control->timeout < 0)
+                return sdscatprintf(sdsempty(),"invalid TIMEOUT '%.64s': give the milliseconds for which it may be without the "
+                    "other node, 0 for none",*at+1 < c->argc ? (char*)c->argv[*at+1]->ptr : "");
+            (*at)++;
+        }
         else if (!strcasecmp(word,"hold") && !hold++) control->held = 1;
+        else if (!alter && !strcasecmp(word,"dryrun") && !*dry_run) *dry_run = 1;
         else if (alter && !strcasecmp(word,"release") && !hold++) control->held = 0;
         else if (alter && !strcasecmp(word,"pause") && !pause++) control->paused = 1;
         else if (alter && !strcasecmp(word,"resume") && !pause++) control->paused = 0;
         else return sdscatprintf(sdsempty(),"syntax error at '%.64s': %s",word,alter ?
-            "[RATE bytes-per-second] [WAITREPLICAS n] [HOLD|RELEASE] [PAUSE|RESUME]" :
-            "SLOTSRANGE start end [start end ...] NODE node-id [RATE bytes-per-second] [HOLD] [WAITREPLICAS n]");
+            "[RATE bytes-per-second] [WAITREPLICAS n] [TIMEOUT ms] [HOLD|RELEASE] [PAUSE|RESUME]" :
+            "SLOTSRANGE start end [start end ...] NODE node-id [RATE bytes-per-second] [HOLD] [WAITREPLICAS n] [TIMEOUT ms] [DRYRUN]");
     }
     return NULL;
+}
+
+/* Start a job for each of `blocks` sets of slots. The client, which must be one that
+ * may block, gets its answer when all targets have accepted, or an error. */
+void slotmigStart(client *c, int blocks, const slotSet *slots, clusterNode **targets, const struct slotMigControl *control,
+                  slotMigReply *reply)
+{
+    sds error = NULL;
+    migrateRequest *rq = zcalloc(sizeof(*rq)+sizeof(rq->ids[0])*blocks);
+    for (int i = 0; i < blocks && error == NULL; i++) {
+        slotMigJob *job = slotmigSourceStart(slots+i,targets[i],control,&error);
+        if (job) memcpy(rq->ids[rq->njobs++],job->id,sizeof(job->id));
+    }
+    if (error) {
+        for (int i = 0; i < rq->njobs; i++)
+            slotmigFail(slotmigFindJob(rq->ids[i]),SLOTMIG_CANCELLED,sdsnew("another part of the same command was refused"));
+        addReplyErrorFormat(c,"%s",error);
+        sdsfree(error);
+        zfree(rq);
+        return;
+    }
+    rq->client = c->id;
+    rq->reply = reply;
+    rq->waiting = rq->njobs;
+    if (requests == NULL) requests = listCreate();
+    listAddNodeTail(requests,rq);
+    slotmigBlockClient(c);
 }
 
 /* From argv[at] on. */
 static void migrateSlots(client *c, int at, int in_a_line) {
     if (!slotmigMayBlock(c)) return;
-    slotSet *slots = zmalloc(sizeof(*slots)*BLOCKS_MAX), all;
-    clusterNode *targets[BLOCKS_MAX];
-    int blocks = 0, first_arg = at, to_me = 0;
-    struct slotMigControl control = { .wait_replicas = -1 };
+    slotSet *slots = zmalloc(sizeof(*slots)*SLOTMIG_BLOCKS_MAX), all;
+    clusterNode *targets[SLOTMIG_BLOCKS_MAX];
+    int blocks = 0, first_arg = at, to_me = 0, dry_run = 0;
+    struct slotMigControl control = { .wait_replicas = -1, .timeout = -1 };
     sds error = NULL;
 
     slotSetClear(&all);
     while (at < c->argc && error == NULL) {
         if (blocks && strcasecmp(c->argv[at]->ptr,"slotsrange")) {
-            error = parseControl(c,&at,0,&control);
+            error = parseControl(c,&at,0,&control,&dry_run);
             break;
         }
         if (strcasecmp(c->argv[at]->ptr,"slotsrange")) {
@@ -275,12 +344,12 @@ static void migrateSlots(client *c, int at, int in_a_line) {
                 (char*)c->argv[at]->ptr);
             break;
         }
-        if (blocks == BLOCKS_MAX) {
-            error = sdscatprintf(sdsempty(),"more than %d targets in one command",BLOCKS_MAX);
+        if (blocks == SLOTMIG_BLOCKS_MAX) {
+            error = sdscatprintf(sdsempty(),"more than %d targets in one command",SLOTMIG_BLOCKS_MAX);
             break;
         }
         at++;
-        if ((error = parseRanges(c,&at,slots+blocks,&all)) != NULL) break;
+        if ((error = slotmigParseRangeArgs(c,&at,slots+blocks,&all)) != NULL) break;
         if (at+1 >= c->argc || strcasecmp(c->argv[at]->ptr,"node")) {
             error = sdsnew("syntax error: NODE node-id must follow the slot ranges");
             break;
@@ -299,43 +368,38 @@ static void migrateSlots(client *c, int at, int in_a_line) {
         error = sdsnew("this node is among the targets: send the command to the slots' owner");
     if (error == NULL && to_me && !in_a_line) {
         /* Owner and target both known: what is ours to check, the owner will ask us. */
-        forwardToOwner(c,first_arg,&all);
+        forwardToOwner(c,first_arg,&all,dry_run ? slotmigReplyPlan : replyIds);
         zfree(slots);
         return;
     }
 
-    migrateRequest *rq = zcalloc(sizeof(*rq)+sizeof(rq->ids[0])*BLOCKS_MAX);
-    for (int i = 0; i < blocks && error == NULL; i++) {
-        slotMigJob *job = slotmigSourceStart(slots+i,targets[i],&control,&error);
-        if (job) memcpy(rq->ids[rq->njobs++],job->id,sizeof(job->id));
-    }
-    zfree(slots);
     if (error) {
-        for (int i = 0; i < rq->njobs; i++)
-            slotmigFail(slotmigFindJob(rq->ids[i]),SLOTMIG_CANCELLED,sdsnew("another part of the same command was refused"));
         addReplyErrorFormat(c,"%s",error);
         sdsfree(error);
-        zfree(rq);
-        return;
+    } else if (dry_run) {
+        slotmigPlan(c,blocks,slots,targets,in_a_line ? replyLine : slotmigReplyPlan);
+    } else {
+        slotmigStart(c,blocks,slots,targets,&control,in_a_line ? replyLine : replyIds);
     }
-    rq->client = c->id;
-    rq->in_a_line = in_a_line;
-    rq->waiting = rq->njobs;
-    if (requests == NULL) requests = listCreate();
-    listAddNodeTail(requests,rq);
-    slotmigBlockClient(c);
+    zfree(slots);
 }
 
 /* ---- SLOT-MIGRATIONS ---- */
 
-static void replyText(client *c, const char *name, const char *text) {
+void slotmigReplyText(client *c, const char *name, const char *text) {
     addReplyBulkCString(c,name);
     addReplyBulkCString(c,text);
 }
 
-static void replyNumber(client *c, const char *name, long long v) {
+void slotmigReplyNumber(client *c, const char *name, long long v) {
     addReplyBulkCString(c,name);
     addReplyLongLong(c,v);
+}
+
+/* The id of the job's source or target. */
+void slotmigReplyNode(client *c, const char *name, const slotMigJob *job, slotMigRole end) {
+    addReplyBulkCString(c,name);
+    addReplyBulkCBuffer(c,job->role == end ? server.cluster->myself->name : job->peer,CLUSTER_NAMELEN);
 }
 
 static void replyJob(client *c, slotMigJob *job) {
@@ -344,32 +408,31 @@ static void replyJob(client *c, slotMigJob *job) {
     long long rate = running ? (long long)(job->bytes_done*1000/running) : 0;
     long long left = job->bytes_total > job->bytes_done ? job->bytes_total - job->bytes_done : 0;
     long long eta = slotmigEnded(job) ? 0 : rate ? left*1000/rate : -1;
-    const char *myself = server.cluster->myself->name;
-    char me[CLUSTER_NAMELEN+1] = {0};
-    memcpy(me,myself,CLUSTER_NAMELEN);
 
-    addReplyMapLen(c,33);
-    replyText(c,"id",job->id);
-    replyText(c,"slots",job->ranges);
-    replyText(c,"source",job->role == SLOTMIG_SOURCE ? me : job->peer);
-    replyText(c,"target",job->role == SLOTMIG_SOURCE ? job->peer : me);
-    replyText(c,"role",job->role == SLOTMIG_SOURCE ? "source" : "target");
-    replyText(c,"state",slotmig_state_names[job->state]);
-    replyText(c,"reason",job->reason);
-    replyNumber(c,"attempt",job->attempt);
-    replyNumber(c,"keys-total",job->keys_total);
-    replyNumber(c,"keys-done",job->keys_done);
-    replyNumber(c,"bytes-total",job->bytes_total);
-    replyNumber(c,"bytes-done",job->bytes_done);
-    replyNumber(c,"rate",rate);
-    replyNumber(c,"eta-ms",eta);
-    replyNumber(c,"stream-bytes",job->stream_bytes);
-    replyNumber(c,"stream-lag-bytes",job->stream_bytes - job->stream_applied);
-    replyNumber(c,"retries",job->attempt > 1 ? job->attempt-1 : 0);
-    replyText(c,"last-error",job->last_error);
-    replyNumber(c,"created-ms",job->created);
-    replyNumber(c,"started-ms",job->started);
-    replyNumber(c,"ended-ms",job->ended);
+    addReplyMapLen(c,38);
+    slotmigReplyText(c,"id",job->id);
+    slotmigReplyText(c,"slots",job->ranges);
+    slotmigReplyNode(c,"source",job,SLOTMIG_SOURCE);
+    slotmigReplyNode(c,"target",job,SLOTMIG_TARGET);
+    slotmigReplyText(c,"role",job->role == SLOTMIG_SOURCE ? "source" : "target");
+    slotmigReplyText(c,"state",slotmig_state_names[job->state]);
+    slotmigReplyText(c,"reason",job->reason);
+    slotmigReplyNumber(c,"attempt",job->attempt);
+    slotmigReplyNumber(c,"keys-total",job->keys_total);
+    slotmigReplyNumber(c,"keys-done",job->keys_done);
+    slotmigReplyNumber(c,"bytes-total",job->bytes_total);
+    slotmigReplyNumber(c,"bytes-done",job->bytes_done);
+    slotmigReplyNumber(c,"rate",rate);
+    slotmigReplyNumber(c,"eta-ms",eta);
+    slotmigReplyNumber(c,"stream-bytes",job->stream_bytes);
+    slotmigReplyNumber(c,"stream-lag-bytes",job->stream_bytes - job->stream_applied);
+    slotmigReplyNumber(c,"retries",job->attempt > 1 ? job->attempt-1 : 0);
+    slotmigReplyNumber(c,"interruptions",job->interruptions);
+    slotmigReplyText(c,"came-anew",job->came_anew ? job->came_anew : "");
+    slotmigReplyText(c,"last-error",job->last_error);
+    slotmigReplyNumber(c,"created-ms",job->created);
+    slotmigReplyNumber(c,"started-ms",job->started);
+    slotmigReplyNumber(c,"ended-ms",job->ended);
     addReplyBulkCString(c,"phase-ms");
     int phases = 0;
     for (int i = 0; i < SLOTMIG_DONE; i++)
@@ -377,25 +440,42 @@ static void replyJob(client *c, slotMigJob *job) {
     addReplyMapLen(c,phases);
     for (int i = 0; i < SLOTMIG_DONE; i++) {
         if (!job->phase_ms[i] && (mstime_t)job->state != i) continue;
-        replyNumber(c,slotmig_state_names[i],job->phase_ms[i] + ((mstime_t)job->state == i ? now - job->state_since : 0));
+        slotmigReplyNumber(c,slotmig_state_names[i],job->phase_ms[i] + ((mstime_t)job->state == i ? now - job->state_since : 0));
     }
-    replyNumber(c,"write-pause-us",job->write_pause_us);
-    replyNumber(c,"take-over-us",job->take_over_us);
-    replyNumber(c,"fsync-us",job->fsync_us);
-    replyNumber(c,"hand-off-us",job->hand_off_us);
-    replyNumber(c,"held",job->control.held);
-    replyNumber(c,"held-for",job->held_since ? now - job->held_since : 0);
-    replyNumber(c,"paused",job->control.paused);
-    replyNumber(c,"rate-limit",job->control.rate);
-    replyNumber(c,"wait-replicas",job->control.wait_replicas);
-    replyNumber(c,"writers-rate-limit",job->writers_rate);
-    replyNumber(c,"trimmed",job->trimmed);
+    slotmigReplyNumber(c,"write-pause-us",job->write_pause_us);
+    slotmigReplyNumber(c,"take-over-us",job->take_over_us);
+    slotmigReplyNumber(c,"fsync-us",job->fsync_us);
+    slotmigReplyNumber(c,"hand-off-us",job->hand_off_us);
+    slotmigReplyNumber(c,"held",job->control.held);
+    slotmigReplyNumber(c,"held-for",job->held_since ? now - job->held_since : 0);
+    slotmigReplyNumber(c,"paused",job->control.paused);
+    slotmigReplyNumber(c,"rate-limit",job->control.rate);
+    slotmigReplyNumber(c,"wait-replicas",job->control.wait_replicas);
+    slotmigReplyNumber(c,"timeout",job->control.timeout);
+    slotmigReplyNumber(c,"writers-rate-limit",job->writers_rate);
+    slotmigReplyNumber(c,"trimmed",job->trimmed);
+    slotmigReplyText(c,"snapshot-by",job->snapshot_by);
+    slotmigReplyText(c,"forked-slots",job->forked ? job->forked : "");
 }
 
 static slotMigJob *jobOrReply(client *c, robj *id) {
     slotMigJob *job = sdslen(id->ptr) == SLOTMIG_ID_LEN ? slotmigFindJob(id->ptr) : NULL;
+    if (job && job->hidden) job = NULL;
     if (job == NULL) addReplyErrorFormat(c,"Unknown slot migration '%.40s': see CLUSTER SLOT-MIGRATIONS",(char*)id->ptr);
     return job;
+}
+
+/* All jobs, newest first. */
+void slotmigReplyJobs(client *c, void (*one)(client *c, slotMigJob *job)) {
+    listIter li;
+    listNode *ln;
+    void *len = addReplyDeferredLen(c);
+    long n = 0;
+    listRewindTail(slotmig_jobs,&li);
+    for (; (ln = listNext(&li)) != NULL; n++) one(c,listNodeValue(ln));
+    listRewind(slotmig_log,&li);
+    for (; (ln = listNext(&li)) != NULL && !((slotMigJob*)listNodeValue(ln))->hidden; n++) one(c,listNodeValue(ln));
+    setDeferredArrayLen(c,len,n);
 }
 
 static void slotMigrations(client *c) {
@@ -410,13 +490,7 @@ static void slotMigrations(client *c) {
         addReplyErrorObject(c,shared.syntaxerr);
         return;
     }
-    listIter li;
-    listNode *ln;
-    addReplyArrayLen(c,listLength(slotmig_jobs)+listLength(slotmig_log));
-    listRewindTail(slotmig_jobs,&li);
-    while ((ln = listNext(&li)) != NULL) replyJob(c,listNodeValue(ln));
-    listRewind(slotmig_log,&li);
-    while ((ln = listNext(&li)) != NULL) replyJob(c,listNodeValue(ln));
+    slotmigReplyJobs(c,replyJob);
 }
 
 /* ---- ALTER-SLOT-MIGRATION ---- */
@@ -437,7 +511,7 @@ static void alterSlotMigration(client *c) {
         return;
     }
     struct slotMigControl control = job->control;
-    sds error = parseControl(c,&at,1,&control);
+    sds error = parseControl(c,&at,1,&control,NULL);
     if (error == NULL && (slotmigEnded(job) || job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED || job->state == SLOTMIG_TRIMMING ||
         job->state == SLOTMIG_TAKEN || slotmigIsRelayed(job)))
         error = sdscatprintf(sdsempty(),"Slot migration %s is %s: there is nothing to alter",job->id,slotmig_state_names[job->state]);
@@ -452,17 +526,31 @@ static void alterSlotMigration(client *c) {
 
 /* ---- CANCEL-SLOT-MIGRATIONS ---- */
 
-static void cancelJob(slotMigJob *job) {
+void slotmigCancel(slotMigJob *job) {
     slotmigFail(job,SLOTMIG_CANCELLED,sdsnew("cancelled by command"));
 }
 
-static void countCancellable(slotMigJob *job, void *n) {
-    if (slotmigCancellable(job)) (*(long long*)n)++;
+struct choice {
+    int (*chosen)(const slotMigJob *job);
+    long long n;
+};
+
+static void countChosen(slotMigJob *job, void *arg) {
+    struct choice *choice = arg;
+    choice->n += choice->chosen(job);
 }
 
-static void cancelIfPossible(slotMigJob *job, void *unused) {
-    UNUSED(unused);
-    if (slotmigCancellable(job)) cancelJob(job);
+static void cancelChosen(slotMigJob *job, void *arg) {
+    struct choice *choice = arg;
+    if (choice->chosen(job)) slotmigCancel(job);
+}
+
+/* Cancel the jobs that `chosen` says, which may choose cancellable ones only; how many. */
+long long slotmigCancelAll(int (*chosen)(const slotMigJob *job)) {
+    struct choice choice = { .chosen = chosen };
+    slotmigEachJob(countChosen,&choice);    /* ending one may end another */
+    slotmigEachJob(cancelChosen,&choice);
+    return choice.n;
 }
 
 static void cancelSlotMigrations(client *c) {
@@ -481,7 +569,7 @@ static void cancelSlotMigrations(client *c) {
         } else if (!slotmigCancellable(job)) {
             addReplyErrorFormat(c,"Slot migration %s is %s: it can only be completed now",job->id,slotmig_state_names[job->state]);
         } else {
-            cancelJob(job);
+            slotmigCancel(job);
             addReplyLongLong(c,1);
         }
         return;
@@ -490,10 +578,48 @@ static void cancelSlotMigrations(client *c) {
         addReplyErrorObject(c,shared.syntaxerr);
         return;
     }
-    long long n = 0;
-    slotmigEachJob(countCancellable,&n);    /* ending one may end another */
-    slotmigEachJob(cancelIfPossible,NULL);
-    addReplyLongLong(c,n);
+    addReplyLongLong(c,slotmigCancelAll(slotmigCancellable));
+}
+
+/* ---- BACKUP-SLOTS ---- */
+
+static void backupSlots(client *c) {
+    slotSet slots, all;
+    int at = 3;
+    slotSetClear(&all);
+    if (strcasecmp(c->argv[2]->ptr,"slotsrange")) {
+        addReplyErrorObject(c,shared.syntaxerr);
+        return;
+    }
+    sds error = slotmigParseRangeArgs(c,&at,&slots,&all);
+    if (error == NULL && at != c->argc) error = sdscatprintf(sdsempty(),"syntax error at '%.64s'",(char*)c->argv[at]->ptr);
+    if (error) addReplyErrorFormat(c,"%s",error);
+    else slotmigBackup(c,&slots);
+    sdsfree(error);
+}
+
+/* ---- RESTORE-SLOTS ---- */
+
+static void restoreSlots(client *c) {
+    slotSet slots, all;
+    int at = 4, replace = 0;
+    sds error = NULL;
+    slotSetClear(&all);
+    if (strcasecmp(c->argv[2]->ptr,"file")) {
+        addReplyErrorObject(c,shared.syntaxerr);
+        return;
+    }
+    while (at < c->argc && error == NULL) {
+        char *word = c->argv[at++]->ptr;
+        if (!strcasecmp(word,"slotsrange")) error = slotmigParseRangeArgs(c,&at,&slots,&all);
+        else if (!strcasecmp(word,"replace")) replace = 1;
+        else error = sdscatprintf(sdsempty(),"syntax error at '%.64s'",word);
+    }
+    if (error == NULL && all.count == 0)
+        for (int j = 0; j < CLUSTER_SLOTS; j++) slotSetAdd(&all,j);
+    if (error) addReplyErrorFormat(c,"%s",error);
+    else slotmigRestore(c,c->argv[3]->ptr,&all,replace);
+    sdsfree(error);
 }
 
 /* ---- SLOTMIG ---- */
@@ -506,15 +632,38 @@ static int isMyself(client *c, robj *name) {
     return 0;
 }
 
+/* 0: an error was replied. */
+static int speaksOurs(client *c, int argc) {
+    if (c->argc >= argc && atoi(c->argv[3]->ptr) == SLOTMIG_PROTOCOL) return 1;
+    addReplyError(c,"the two nodes run versions that do not understand each other: upgrade the older one");
+    return 0;
+}
+
+static void probe(client *c) {
+    slotSet slots, all;
+    unsigned long long memory;
+    int at = 7;
+    if (!speaksOurs(c,9)) return;
+    if (sdslen(c->argv[4]->ptr) != CLUSTER_NAMELEN || !string2ull(c->argv[6]->ptr,&memory)) {
+        addReplyErrorObject(c,shared.syntaxerr);
+        return;
+    }
+    if (!isMyself(c,c->argv[5])) return;
+    slotSetClear(&all);
+    sds answer = slotmigParseRangeArgs(c,&at,&slots,&all);
+    if (answer == NULL && at != c->argc) answer = sdsnew("syntax error");
+    if (answer == NULL) answer = slotmigTargetProbe(c->argv[4]->ptr,&slots,memory);
+    if (answer[0] == '+') addReplyStatus(c,answer+1);
+    else addReplyErrorFormat(c,"%s",answer);
+    sdsfree(answer);
+}
+
 static void offer(client *c) {
     slotSet slots, all;
     unsigned long long keys, bytes;
     int at = 10;
     unsigned long long memory;
-    if (c->argc < 12 || atoi(c->argv[3]->ptr) != SLOTMIG_PROTOCOL) {
-        addReplyError(c,"the two nodes run versions that do not understand each other: upgrade the older one");
-        return;
-    }
+    if (!speaksOurs(c,12)) return;
     if (sdslen(c->argv[4]->ptr) != SLOTMIG_ID_LEN || sdslen(c->argv[5]->ptr) != CLUSTER_NAMELEN ||
         !string2ull(c->argv[7]->ptr,&keys) || !string2ull(c->argv[8]->ptr,&bytes) || !string2ull(c->argv[9]->ptr,&memory))
     {
@@ -523,16 +672,18 @@ static void offer(client *c) {
     }
     if (!isMyself(c,c->argv[6])) return;
     slotSetClear(&all);
-    sds error = parseRanges(c,&at,&slots,&all);
+    sds error = slotmigParseRangeArgs(c,&at,&slots,&all);
     if (error == NULL && at != c->argc) error = sdsnew("syntax error");
     if (error == NULL) error = slotmigTargetOffer(c->argv[4]->ptr,c->argv[5]->ptr,&slots,keys,bytes,memory);
     if (error == NULL) addReply(c,shared.ok);
+    else if (error[0] == '+') addReplyStatus(c,error+1);
     else addReplyErrorFormat(c,"%s",error);
     sdsfree(error);
 }
 
 /* The answer of a node that does not know the job any more, or never did, by
- * its slot map. It never says TAKEN, since what it took may have died with it:
+ * its slot map. It says TAKEN only if what it took was in the append-only file that it loaded
+ * when it started; else what it took may have died with it:
  *
  *   the asker's by our map      DISCARDED   we have no copy and will never take them
  *   ours, no keys in them       DISCARDED   a target that took them and lost its data:
@@ -540,7 +691,7 @@ static void offer(client *c) {
  *   ours, with keys             OWNER       the asker must not act by itself (a target that
  *                                           asks a source drops its copy: we serve them)
  *   somebody else's             MOVED-ON */
-static sds answerBySlotMap(const slotSet *slots, robj *asker, slotMigRole asked_as) {
+static sds answerBySlotMap(const char *id, const slotSet *slots, robj *asker, slotMigRole asked_as) {
     clusterNode *myself = server.cluster->myself, *from = clusterLookupNode(asker->ptr,sdslen(asker->ptr));
     int mine = 0, theirs = 0, keys = 0;
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
@@ -549,6 +700,7 @@ static sds answerBySlotMap(const slotSet *slots, robj *asker, slotMigRole asked_
         keys += kvstoreDictSize(server.db[0].keys,j) != 0;
     }
     if (asked_as == SLOTMIG_SOURCE) return sdsnew(mine == slots->count ? "DISCARDED" : "MOVED-ON");
+    if (theirs == 0 && slotmigAofLoaded(id)) return sdscatfmt(sdsempty(),"TAKEN %U",(unsigned long long)myself->configEpoch);
     if (mine+theirs < slots->count) return sdsnew("MOVED-ON");
     if (mine == 0) return sdsnew("DISCARDED");
     if (keys) return sdsnew("OWNER");
@@ -561,7 +713,7 @@ static sds answerBySlotMap(const slotSet *slots, robj *asker, slotMigRole asked_
 
 /* A word on a hand-off whose connection broke: CLUSTER SLOTMIG ASK job asker
  * asked role how start end ..., role being what the asker takes us for, how being
- * "inherited" when it does not know whether it was committed. */
+ * "inherited" when it does not know whether it was committed, "committed" when it was. */
 static void ask(client *c) {
     slotSet slots, all;
     int at = 8;
@@ -571,7 +723,7 @@ static void ask(client *c) {
     }
     if (!isMyself(c,c->argv[5])) return;
     slotSetClear(&all);
-    sds error = parseRanges(c,&at,&slots,&all), answer;
+    sds error = slotmigParseRangeArgs(c,&at,&slots,&all), answer;
     if (error) {
         addReplyErrorFormat(c,"%s",error);
         sdsfree(error);
@@ -587,20 +739,24 @@ static void ask(client *c) {
     }
     if (job == NULL) answer = NULL;
     else if (job->role == SLOTMIG_SOURCE) answer = slotmigSourceAnswer(job);
-    else answer = slotmigTargetAnswer(job,c->argv[4]->ptr,!strcasecmp(c->argv[7]->ptr,"inherited"));
-    if (answer == NULL) answer = answerBySlotMap(&slots,c->argv[4],role);
+    else answer = slotmigTargetAnswer(job,c->argv[4]->ptr,!strcasecmp(c->argv[7]->ptr,"inherited"),!strcasecmp(c->argv[7]->ptr,"committed"));
+    if (answer == NULL) answer = answerBySlotMap(c->argv[3]->ptr,&slots,c->argv[4],role);
     addReplyStatus(c,answer);
     sdsfree(answer);
 }
 
 static void attach(client *c) {
-    if (c->argc != 5) {
+    long long offset = -1;
+    int stream = c->argc == 8;
+    if ((c->argc != 5 && !stream) || (stream && (sdslen(c->argv[5]->ptr) != CLUSTER_NAMELEN || !string2ll(c->argv[7]->ptr,
+        sdslen(c->argv[7]->ptr),&offset) || (offset >= 0 && sdslen(c->argv[6]->ptr) != CONFIG_RUN_ID_SIZE))))
+    {
         addReplyErrorObject(c,shared.syntaxerr);
         return;
     }
     slotMigJob *job = jobOrReply(c,c->argv[3]);
     if (job == NULL) return;
-    sds error = slotmigSourceAttach(job,c,c->argv[4]->ptr);
+    sds error = slotmigSourceAttach(job,c,c->argv[4]->ptr,stream ? c->argv[5]->ptr : NULL,stream ? c->argv[6]->ptr : NULL,offset);
     if (error) addReplyErrorFormat(c,"%s",error);
     sdsfree(error);
 }
@@ -613,24 +769,34 @@ static void slotmigInternal(client *c) {
         addReplyError(c,"CLUSTER SLOTMIG is for the nodes of the cluster only: use CLUSTER MIGRATE-SLOTS");
     } else if (!strcasecmp(op,"offer")) {
         offer(c);
+    } else if (!strcasecmp(op,"probe")) {
+        probe(c);
     } else if (!strcasecmp(op,"attach")) {
         attach(c);
     } else if (!strcasecmp(op,"ask")) {
         ask(c);
     } else if (!strcasecmp(op,"request")) {
         migrateSlots(c,3,1);
-    } else if (!strcasecmp(op,"failpoint") && (c->argc == 5 || c->argc == 6)) {
-        long long at = 0;
-        if (c->argc == 6 && getLongLongFromObjectOrReply(c,c->argv[5],&at,NULL) != C_OK) return;
-        if (!allowProtectedAction(server.enable_debug_cmd,c))
-            addReplyError(c,"fail points need enable-debug-command");
-        else if (slotmigSetFailPoint(c->argv[3]->ptr,c->argv[4]->ptr,at) == C_ERR)
-            addReplyErrorFormat(c,"no fail point '%s' or no action '%s'",(char*)c->argv[3]->ptr,(char*)c->argv[4]->ptr);
-        else
-            addReply(c,shared.ok);
     } else {
         addReplySubcommandSyntaxError(c);
     }
+}
+
+/* DEBUG SLOTMIG FAILPOINT name [action [at]]. 1: it was ours. */
+int slotmigDebug(client *c) {
+    long long at = 0;
+    if (strcasecmp(c->argv[1]->ptr,"slotmig")) return 0;
+    if (!server.cluster_enabled) {
+        addReplyError(c,"fail points are for slot migrations: start the server with cluster-enabled yes");
+    } else if (c->argc < 4 || c->argc > 6 || strcasecmp(c->argv[2]->ptr,"failpoint")) {
+        addReplySubcommandSyntaxError(c);
+    } else if (c->argc == 4) {
+        addReplyLongLong(c,slotmigFailPointReached(c->argv[3]->ptr));
+    } else if (c->argc == 5 || getLongLongFromObjectOrReply(c,c->argv[5],&at,NULL) == C_OK) {
+        if (slotmigSetFailPoint(c->argv[3]->ptr,c->argv[4]->ptr,at) == C_OK) addReply(c,shared.ok);
+        else addReplyErrorFormat(c,"no fail point '%s' or no action '%s'",(char*)c->argv[3]->ptr,(char*)c->argv[4]->ptr);
+    }
+    return 1;
 }
 
 int slotmigCommand(client *c) {
@@ -639,8 +805,10 @@ int slotmigCommand(client *c) {
     else if (!strcasecmp(sub,"slot-migrations")) slotMigrations(c);
     else if (!strcasecmp(sub,"cancel-slot-migrations")) cancelSlotMigrations(c);
     else if (!strcasecmp(sub,"alter-slot-migration")) alterSlotMigration(c);
+    else if (!strcasecmp(sub,"backup-slots")) backupSlots(c);
+    else if (!strcasecmp(sub,"restore-slots")) restoreSlots(c);
     else if (!strcasecmp(sub,"slotmig")) slotmigInternal(c);
-    else return 0;
+    else if (!slotmigRivalCommand(c)) return 0;
     preventCommandPropagation(c);   /* replicas and the AOF hear of it in other words */
     return 1;
 }

@@ -87,13 +87,14 @@ static void feedOpFree(feedOp *op) {
     zfree(op->argv);
 }
 
-/* Is any key of the command in one of the job's slots? */
+/* Is any key of the command in one of the job's slots, and that slot taken already? */
 static int feedOpTouches(feedOp *op, slotMigJob *job) {
     if (op->cmd == NULL || op->flush) return 1;
-    if (op->slot != SLOT_SEVERAL) return op->slot >= 0 && slotSetHas(&job->slots,op->slot);
+    if (op->slot != SLOT_SEVERAL) return op->slot >= 0 && slotSetHas(&job->slots,op->slot) && slotmigSourceStreams(job,op->slot);
     for (int i = 0; i < op->keys.numkeys; i++) {
         sds key = op->argv[op->keys.keys[i].pos]->ptr;
-        if (slotSetHas(&job->slots,keyHashSlot(key,sdslen(key)))) return 1;
+        int slot = keyHashSlot(key,sdslen(key));
+        if (slotSetHas(&job->slots,slot) && slotmigSourceStreams(job,slot)) return 1;
     }
     return 0;
 }
@@ -112,10 +113,17 @@ static sds frameCommand(sds f, feedOp *op) {
     return f;
 }
 
-#define OPS_COUNT_AT 13     /* of the number of commands: behind length, type, offset */
+#define OPS_MORE_AT 13      /* of `more`: behind length, type, offset */
+#define OPS_COUNT_AT 14     /* of the number of commands */
 #define FRAME_ROOM (64*1024)        /* a unit's frame is sent when it has this much: a frame is taken in one turn */
 
-static void sendOps(slotMigJob *job, sds f, uint32_t count) {
+static sds startOps(long long offset) {
+    sds f = slotmigFrameInt(slotmigFrameStart(FRAME_OPS),offset,8);
+    return slotmigFrameInt(slotmigFrameInt(f,0,1),0,4);
+}
+
+static void sendOps(slotMigJob *job, sds f, uint32_t count, int more) {
+    f[OPS_MORE_AT] = more;
     for (int i = 0; i < 4; i++) f[OPS_COUNT_AT+i] = count >> (8*i);
     size_t bytes = sdslen(f);
     slotmigLinkSend(slotmigSourceStream(job),f);
@@ -123,10 +131,11 @@ static void sendOps(slotMigJob *job, sds f, uint32_t count) {
 }
 
 /* The commands of a unit on this job's slots, as one frame; as several with the
- * same offset when they are large. */
-static void feedJob(slotMigJob *job, feedOp *ops, int n) {
+ * same offset when they are large, of which the last says that there are no more. */
+static void feedJob(slotMigJob *job, feedOp *ops, int n, long long offset) {
     sds f = NULL;
     uint32_t count = 0;
+    int open = 0;
     unsigned long long before = job->stream_bytes;
     for (int i = 0; i < n; i++) {
         if (!feedOpTouches(ops+i,job)) continue;
@@ -136,10 +145,7 @@ static void feedJob(slotMigJob *job, feedOp *ops, int n) {
                 "keep it from the slots %s while they move",(char*)ops[i].argv[0]->ptr,job->ranges));
             break;
         }
-        if (f == NULL) {
-            f = slotmigFrameInt(slotmigFrameStart(FRAME_OPS),server.master_repl_offset,8);
-            f = slotmigFrameInt(f,0,4);
-        }
+        if (f == NULL) f = startOps(offset);
         count++;
         if (ops[i].flush) {
             f = slotmigFrameInt(slotmigFrameInt(f,SLOT_ALL_FLUSHED,2),0,4);
@@ -156,22 +162,31 @@ static void feedJob(slotMigJob *job, feedOp *ops, int n) {
             break;
         }
         if (sdslen(f) > FRAME_ROOM) {
-            sendOps(job,f,count);
+            sendOps(job,f,count,1);
             f = NULL;
             count = 0;
+            open = 1;
         }
     }
-    if (f && sdslen(f) <= FRAME_MAX && count) sendOps(job,f,count);
+    if (f == NULL && open) f = startOps(offset);
+    if (f && sdslen(f) <= FRAME_MAX && (count || open)) sendOps(job,f,count,0);
     else sdsfree(f);
     if (job->stream_bytes != before) slotmigSourceUnit(job,job->stream_bytes-before);
 }
 
-/* Called at the end of an execution unit. A module's key extractor runs module
- * code, whose end would be the end of a unit: hence our own around it. */
-void slotmigFeed(redisOpArray *ops) {
+/* Up to here the target has all: an empty frame, for a job that is fed as it happens and
+ * has not been written to. Else its place would pass out of the backlog. */
+void slotmigFeedMark(slotMigJob *job) {
+    sds f = startOps(server.master_repl_offset);
+    job->stream_bytes += sdslen(f);
+    slotmigLinkSend(slotmigSourceStream(job),f);
+}
+
+/* To one job, or to all that follow. A module's key extractor runs module code, whose
+ * end would be the end of a unit: hence our own around it. */
+static void feedUnit(slotMigJob *only, redisOpArray *ops, long long offset) {
     feedOp few[8], *all = few;
     int n = 0;
-    if (!slotmigFeeds()) return;
     slotMigWork was = slotmigWork(WORK_feed);
     if (ops->numops > 8) all = zmalloc(sizeof(*all)*ops->numops);
 
@@ -186,11 +201,22 @@ void slotmigFeed(redisOpArray *ops) {
     listIter li;
     listNode *ln;
     listRewind(slotmig_jobs,&li);
-    while ((ln = listNext(&li)) != NULL) {
+    if (only) feedJob(only,all,n,offset);
+    while (only == NULL && (ln = listNext(&li)) != NULL) {
         slotMigJob *job = listNodeValue(ln);
-        if (slotmigSourceFollows(job)) feedJob(job,all,n);
+        if (slotmigSourceFollows(job)) feedJob(job,all,n,offset);
     }
     for (int i = 0; i < n; i++) feedOpFree(all+i);
     if (all != few) zfree(all);
     slotmigWork(was);
+}
+
+/* Called at the end of an execution unit. */
+void slotmigFeed(redisOpArray *ops) {
+    if (slotmigFeeds()) feedUnit(NULL,ops,server.master_repl_offset);
+}
+
+/* A unit of the past, from the backlog, for a job that does not follow yet. */
+void slotmigFeedAgain(slotMigJob *job, redisOpArray *ops, long long offset) {
+    feedUnit(job,ops,offset);
 }

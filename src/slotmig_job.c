@@ -34,7 +34,14 @@
 #include "slotmig_job.h"
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
+#ifdef __linux__
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#endif
 
+#define ANSWERS_KEPT (10*60*1000)   /* ms after its end for which this node can tell how a job ended */
+#define HIDDEN_MAX 1000             /* jobs beyond cluster-slot-migration-log-max-len */
 #define BACKGROUND_NICE 10
 #define TICK_MS 10          /* between two steps of the jobs, when nothing else calls for one */
 
@@ -43,10 +50,15 @@ int slotmig_jobs_active;
 list *slotmig_jobs, *slotmig_log;
 failPointAction slotmig_failpoints[FP_COUNT];
 long long slotmig_failpoint_at[FP_COUNT];
+static long long delayed_until[FP_COUNT];   /* 0: not reached yet */
+static long long reached[FP_COUNT];         /* times since it was set */
 
 static long long timer_id = AE_DELETED_EVENT_ID;
+static int may_lower_priority;
 static int draining;        /* merged shadows may have hashes to hand over */
-static struct { unsigned long long done, failed, cancelled, keys_in, keys_out, longest_pause_us; } stats;
+static struct {
+    unsigned long long done, failed, cancelled, retried, interrupted, keys_in, keys_out, bytes_in, bytes_out, longest_pause_us;
+} stats;
 
 /* The watch: of this turn of the event loop, and the longest one. By kind in CPU
  * time, but for the feed: it runs for every write, too often for a system call. */
@@ -118,9 +130,12 @@ sds slotSetToString(const slotSet *s) {
 
 /* ---- life of a job ---- */
 
+static int mayLowerPriority(void);
+
 void slotmigInit(void) {
     slotmig_jobs = listCreate();
     slotmig_log = listCreate();
+    may_lower_priority = mayLowerPriority();
 }
 
 slotMigJob *slotmigCreateJob(slotMigRole role, const char *id, const slotSet *slots, const char *peer) {
@@ -132,10 +147,13 @@ slotMigJob *slotmigCreateJob(slotMigRole role, const char *id, const slotSet *sl
     job->slots = *slots;
     job->ranges = slotSetToString(slots);
     memcpy(job->peer,peer,CLUSTER_NAMELEN);
+    clusterNode *n = clusterLookupNode(peer,CLUSTER_NAMELEN);
+    if (n) memcpy(job->peer_shard,n->shard_id,CLUSTER_NAMELEN);
     job->reason = sdsempty();
     job->last_error = sdsempty();
+    job->snapshot_by = "";
     job->created = job->state_since = mstime();
-    job->writers_rate = job->control.wait_replicas = -1;
+    job->writers_rate = job->control.wait_replicas = job->control.timeout = -1;
     job->take_over_us = job->fsync_us = job->hand_off_us = -1;
     if (role == SLOTMIG_TARGET) job->write_pause_us = -1;
     listAddNodeTail(slotmig_jobs,job);
@@ -148,6 +166,8 @@ static void freeJob(slotMigJob *job) {
     if (job->told) listRelease(job->told);
     sdsfree(job->ranges);
     sdsfree(job->reason);
+    sdsfree(job->forked);
+    sdsfree(job->came_anew);
     sdsfree(job->last_error);
     zfree(job);
 }
@@ -184,6 +204,26 @@ slotMigJob *slotmigJobOfSlot(int slot) {
     return NULL;
 }
 
+static int anyTarget(slotMigState from) {
+    listIter li;
+    listNode *ln;
+    if (!slotmigActive()) return 0;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (job->role == SLOTMIG_TARGET && job->state >= from) return 1;
+    }
+    return 0;
+}
+
+int slotmigTakes(void) {
+    return anyTarget(SLOTMIG_CONNECTING);
+}
+
+int slotmigTakesOver(void) {
+    return anyTarget(SLOTMIG_PREPARED);
+}
+
 clusterNode *slotmigPeer(const slotMigJob *job) {
     return clusterLookupNode(job->peer,CLUSTER_NAMELEN);
 }
@@ -204,6 +244,12 @@ void slotmigSetReason(slotMigJob *job, const char *fmt, ...) {
     job->reason = reason;
 }
 
+void slotmigComesAnew(slotMigJob *job, int slots, const char *why) {
+    sdsfree(job->came_anew);
+    job->came_anew = sdscatprintf(sdsempty(),"%d of %d slots come anew: %s",slots,job->slots.count,why);
+    serverLog(LL_NOTICE,"Slot migration %.8s: %s",job->id,job->came_anew);
+}
+
 void slotmigSetState(slotMigJob *job, slotMigState state, const char *reason) {
     mstime_t now = mstime();
     job->phase_ms[job->state] += now - job->state_since;
@@ -218,10 +264,20 @@ void slotmigSetState(slotMigJob *job, slotMigState state, const char *reason) {
         job->keys_done,job->keys_total,job->bytes_done);
 }
 
+/* What is more than the configured number is shown to nobody. But the other node may not have
+ * heard yet how a hand-off ended, and asks: this is remembered for a while. */
 static void trimLog(void) {
-    while ((long long)listLength(slotmig_log) > slotmig_config.log_max_len) {
-        freeJob(listNodeValue(listLast(slotmig_log)));
-        listDelNode(slotmig_log,listLast(slotmig_log));
+    long long hidden = (long long)listLength(slotmig_log) - slotmig_config.log_max_len;
+    mstime_t now = mstime();
+    listIter li;
+    listNode *ln;
+    listRewindTail(slotmig_log,&li);
+    for (; hidden > 0 && (ln = listNext(&li)) != NULL; hidden--) {
+        slotMigJob *job = listNodeValue(ln);
+        job->hidden = 1;
+        if (job->state == SLOTMIG_DONE && now - job->ended < ANSWERS_KEPT && hidden <= HIDDEN_MAX) continue;
+        freeJob(job);
+        listDelNode(slotmig_log,ln);
     }
 }
 
@@ -236,8 +292,13 @@ void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason) {
     listAddNodeHead(slotmig_log,job);
     if (state == SLOTMIG_DONE) {
         stats.done++;
-        if (job->role == SLOTMIG_SOURCE) stats.keys_out += job->trimmed;
-        else stats.keys_in += job->keys_done;
+        if (job->role == SLOTMIG_SOURCE) {
+            stats.keys_out += job->trimmed;
+            stats.bytes_out += job->bytes_done + job->stream_bytes;
+        } else {
+            stats.keys_in += job->keys_done;
+            stats.bytes_in += job->bytes_done + job->stream_bytes;
+        }
         if (job->role == SLOTMIG_SOURCE && (unsigned long long)job->write_pause_us > stats.longest_pause_us)
             stats.longest_pause_us = job->write_pause_us;
     } else if (state == SLOTMIG_FAILED) {
@@ -245,6 +306,8 @@ void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason) {
     } else {
         stats.cancelled++;
     }
+    if (job->role == SLOTMIG_SOURCE && job->attempt > 1) stats.retried += job->attempt-1;
+    stats.interrupted += job->interruptions;
     slotmigWantTimer();
     slotmigWork(was);
 }
@@ -301,6 +364,7 @@ static void turnEnds(void) {
 void slotmigResetStats(void) {
     memset(&longest_turn,0,sizeof(longest_turn));
     slotmigPauseReset();
+    slotmigFreezeResetStats();
 }
 
 /* ---- what makes jobs go on ---- */
@@ -347,7 +411,7 @@ static int busy(void) {
     listRewind(slotmig_jobs,&li);
     while ((ln = listNext(&li)) != NULL) {
         slotMigJob *job = listNodeValue(ln);
-        if (job->state == SLOTMIG_TRIMMING && !slotmig_failpoints[FP_source_before_trim]) return 1;
+        if (job->state == SLOTMIG_TRIMMING && !slotmigFailPoint(FP_source_before_trim)) return 1;
         if (job->tgt && slotmigTargetBusy(job)) return 1;
     }
     return 0;
@@ -395,9 +459,14 @@ void slotmigSendControl(slotMigJob *job) {
     f = slotmigFrameInt(f,job->control.version,8);
     f = slotmigFrameInt(f,job->control.rate,8);
     f = slotmigFrameInt(f,job->control.wait_replicas,8);
+    f = slotmigFrameInt(f,job->control.timeout,8);
     f = slotmigFrameInt(f,job->control.paused,1);
     f = slotmigFrameInt(f,job->control.held,1);
     slotmigLinkSend(l,f);
+}
+
+long long slotmigTimeout(const slotMigJob *job) {
+    return job->control.timeout != -1 ? job->control.timeout : slotmig_config.timeout;
 }
 
 void slotmigControl(slotMigJob *job, const struct slotMigControl *control) {
@@ -414,9 +483,10 @@ void slotmigGotControl(slotMigJob *job, frameReader *r) {
     c.version = frameGetInt(r,8);
     c.rate = frameGetInt(r,8);
     c.wait_replicas = frameGetInt(r,8);
+    c.timeout = frameGetInt(r,8);
     c.paused = frameGetInt(r,1);
     c.held = frameGetInt(r,1);
-    if (r->bad || c.rate < 0 || c.wait_replicas < -1) {
+    if (r->bad || c.rate < 0 || c.wait_replicas < -1 || c.timeout < -1) {
         r->bad = 1;
         return;
     }
@@ -454,11 +524,32 @@ long long slotmigThreadMemory(void) {
 #endif
 }
 
+/* Whether a thread may lower its own priority. A service's filter of system calls
+ * may kill the whole process for it (the unit of Debian's package has such a one:
+ * SystemCallFilter=~@resources), and there is no asking it. So where there is a filter
+ * a child tries. Once, when the server starts: it has no data yet that fork() copies. */
+static int mayLowerPriority(void) {
+#ifdef __linux__
+    int status;
+    pid_t child;
+    if (prctl(PR_GET_SECCOMP) != SECCOMP_MODE_FILTER) return 1;
+    if ((child = fork()) == 0) {
+        prctl(PR_SET_DUMPABLE,0);       /* its end is no crash to keep a core of */
+        setpriority(PRIO_PROCESS,0,getpriority(PRIO_PROCESS,0));
+        _exit(0);
+    }
+    if (child > 0 && waitpid(child,&status,0) == child && WIFEXITED(status)) return 1;
+    serverLog(LL_NOTICE,"Slot migrations will work in the background at this server's own priority: "
+                        "a filter of system calls forbids setpriority.");
+#endif
+    return 0;
+}
+
 /* Work in the background must not take the processor from nodes that serve clients,
  * this one or others. Where there is room for both it makes no difference. */
 void slotmigLowerPriority(void) {
 #ifdef __linux__
-    setpriority(PRIO_PROCESS,syscall(SYS_gettid),BACKGROUND_NICE);
+    if (may_lower_priority) setpriority(PRIO_PROCESS,syscall(SYS_gettid),BACKGROUND_NICE);
 #endif
 }
 
@@ -469,8 +560,13 @@ void slotmigBeforeSleep(void) {
     slotmigRaiseEpoch();
     slotmigFollowSlots();
     slotmigAskRecords();
+    slotmigAofTurn();
+    slotmigLackingTurn();
+    slotmigDroppedTurn();
+    slotmigBackupTurn();
     if (!started) {
         started = 1;
+        slotmigGivenDropped();
         slotmigInherit("this node was restarted");
     }
     if (!slotmigActive()) {
@@ -481,6 +577,7 @@ void slotmigBeforeSleep(void) {
     listIter li;
     listNode *ln;
     slotmigSourceBeforeSleep();
+    slotmigSourceAfterChild();
     listRewind(slotmig_jobs,&li);
     while ((ln = listNext(&li)) != NULL) {
         slotMigJob *job = listNodeValue(ln);
@@ -510,7 +607,10 @@ void slotmigClusterReset(void) {
     slotmigEachJob(endAnyway,"CLUSTER RESET of this node");
     slotmigRecordsClear();
     slotmigUndefendAll();
-    for (int j = 0; j < CLUSTER_SLOTS; j++) slotmigSlotIsOurs(j);
+    for (int j = 0; j < CLUSTER_SLOTS; j++) {
+        slotmigServeSlot(j);
+        slotmigSlotIsOurs(j);
+    }
     unblockPostponedClients();
 }
 
@@ -520,6 +620,8 @@ static void promotedJob(slotMigJob *job, void *arg) {
 }
 
 void slotmigPromoted(void) {
+    slotmigGivenPromoted();
+    slotmigLackingPromoted();
     slotmigEachJob(promotedJob,NULL);
     slotmigInherit("this node replaced its master");
 }
@@ -527,6 +629,8 @@ void slotmigPromoted(void) {
 /* The process exits for certain. What is past the commit stays as it is: the
  * other node asks. */
 void slotmigShutdown(void) {
+    slotmigRestoreShutdown();
+    slotRdbLoadStop();
     if (slotmig_jobs) slotmigEachJob(endIfPossible,"the node shuts down");
 }
 
@@ -536,6 +640,7 @@ int slotmigRefuseSlotChange(client *c, int slot) {
     slotMigJob *job = slotmigJobOfSlot(slot);
     if (job == NULL) {
         slotmigUndefendSlot(slot);
+        slotmigServeSlot(slot);
         slotmigSlotIsOurs(slot);    /* or may be from now on: keys of it are no leftovers */
         return 0;
     }
@@ -546,10 +651,16 @@ int slotmigRefuseSlotChange(client *c, int slot) {
 
 int slotmigKeepsLostSlot(int slot, clusterNode *claimant) {
     slotMigJob *job = slotmigJobOfSlot(slot);
-    if (slotmigSameLineage(claimant,server.cluster->myself->name)) return 1;    /* this node is replaced, and will copy */
-    if (slotmigSlotIsDefended(slot)) return 1;
-    return job && job->role == SLOTMIG_SOURCE &&
-        (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED || job->state == SLOTMIG_TRIMMING);
+    if (slotmigSourceInDoubt() && slotmigSameLineage(claimant,server.cluster->myself->name)) return 1;  /* this node is replaced, and will copy */
+    if (slotmigSlotIsDefended(slot,claimant)) return 1;
+    if (job && job->role == SLOTMIG_SOURCE &&
+        (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED || job->state == SLOTMIG_TRIMMING)) return 1;
+    if (!isPausedActions(PAUSE_ACTION_REPLICA)) return 0;
+    /* CLIENT PAUSE, or a manual failover that is late. No DEL may be propagated now: that is an
+     * assertion of upstream's. So the replicas copy everything anew. */
+    slotmigDropSlot(slot);
+    slotmigDatasetChanged();
+    return 1;
 }
 
 static void flushedJob(slotMigJob *job, void *arg) {
@@ -560,7 +671,9 @@ static void flushedJob(slotMigJob *job, void *arg) {
 void slotmigFlushed(redisDb *dbarray, int dbnum, int async) {
     if (dbarray != server.db || dbnum > 0) return;
     slotMigWork was = slotmigWork(WORK_flush);
+    slotmigThaw();
     slotmigShadowFlushed(async);
+    slotmigRestoreFlushed();
     if (slotmigActive()) slotmigEachJob(flushedJob,NULL);
     slotmigWork(was);
 }
@@ -585,27 +698,31 @@ sds slotmigInfo(sds info) {
         "cluster_slot_migrations_done:%llu\r\n"
         "cluster_slot_migrations_failed:%llu\r\n"
         "cluster_slot_migrations_cancelled:%llu\r\n"
+        "cluster_slot_migrations_retried:%llu\r\n"
+        "cluster_slot_migrations_interrupted:%llu\r\n"
         "cluster_slot_migration_keys_exported:%llu\r\n"
         "cluster_slot_migration_keys_imported:%llu\r\n"
+        "cluster_slot_migration_bytes_exported:%llu\r\n"
+        "cluster_slot_migration_bytes_imported:%llu\r\n"
         "cluster_slot_migration_longest_write_pause_us:%llu\r\n"
         "cluster_slot_migration_longest_turn_us:%llu\r\n"
         "cluster_slot_migration_longest_turn_cpu_us:%lld\r\n"
         "cluster_slot_migration_longest_turn_work:%s\r\n"
         "cluster_slot_migration_longest_work_cpu_us:%s\r\n",
-        out,in,stats.done,stats.failed,stats.cancelled,stats.keys_out,stats.keys_in,
-        stats.longest_pause_us,longest_turn.us,longest_turn.cpu_us,work_names[longest_turn.most],work);
+        out,in,stats.done,stats.failed,stats.cancelled,stats.retried,stats.interrupted,stats.keys_out,stats.keys_in,
+        stats.bytes_out,stats.bytes_in,stats.longest_pause_us,longest_turn.us,longest_turn.cpu_us,work_names[longest_turn.most],work);
     sdsfree(work);
-    return slotmigPauseInfo(info);
+    return slotmigPauseInfo(slotmigFreezeInfo(info));
 }
 
 static void addMemory(slotMigJob *job, struct slotMigMemory *m) {
-    slotMigLink *l = job->src ? slotmigSourceStream(job) : NULL;
-    if (l) m->output += slotmigLinkMemory(l);
+    if (job->src) m->output += slotmigSourceMemory(job);
     if (job->tgt) slotmigTargetMemory(job,m);
 }
 
 void slotmigMemory(struct slotMigMemory *m) {
     memset(m,0,sizeof(*m));
+    m->loader = slotmigRestoreMemory();
     if (!slotmigActive()) return;
     listIter li;
     listNode *ln;
@@ -632,26 +749,55 @@ sds slotmigInfoMemory(sds info) {
 
 /* ---- fail points ---- */
 
+static const char *failpoint_names[] = {
+#define X(name) #name,
+    SLOTMIG_FAILPOINTS(X)
+#undef X
+};
+
 failPointAction slotmigFailPoint(failPoint fp) {
-    if (slotmig_failpoints[fp] == FAILPOINT_CRASH) _exit(1);
-    return slotmig_failpoints[fp];
+    failPointAction action = __atomic_load_n(slotmig_failpoints+fp,__ATOMIC_RELAXED);
+    if (action == FAILPOINT_OFF) return action;
+    if (action == FAILPOINT_CRASH) _exit(1);
+    __atomic_add_fetch(reached+fp,1,__ATOMIC_RELAXED);
+    if (action != FAILPOINT_DELAY) return action;
+    long long now = mstime(), until = 0;
+    if (__atomic_compare_exchange_n(delayed_until+fp,&until,now+slotmigFailPointAt(fp),0,__ATOMIC_RELAXED,__ATOMIC_RELAXED) || now < until)
+        return FAILPOINT_PAUSE;
+    return FAILPOINT_OFF;
+}
+
+int slotmigForkFails(void) {
+    if (slotmigFailPoint(FP_any_fork) != FAILPOINT_FAIL) return 0;
+    errno = EAGAIN;
+    return 1;
+}
+
+long long slotmigFailPointAt(failPoint fp) {
+    return __atomic_load_n(slotmig_failpoint_at+fp,__ATOMIC_RELAXED);
+}
+
+static int failPointNamed(const char *name) {
+    for (int i = 0; i < FP_COUNT; i++)
+        if (!strcasecmp(failpoint_names[i],name)) return i;
+    return -1;
+}
+
+long long slotmigFailPointReached(const char *name) {
+    int i = failPointNamed(name);
+    return i == -1 ? -1 : __atomic_load_n(reached+i,__ATOMIC_RELAXED);
 }
 
 int slotmigSetFailPoint(const char *name, const char *action, long long at) {
-    static const char *names[] = {
-#define X(name) #name,
-        SLOTMIG_FAILPOINTS(X)
-#undef X
-    };
-    static const char *actions[] = {"off","fail","pause","crash"};
-    for (int i = 0; i < FP_COUNT; i++) {
-        if (strcasecmp(names[i],name)) continue;
-        for (int j = 0; j < 4; j++) {
-            if (strcasecmp(actions[j],action)) continue;
-            slotmig_failpoints[i] = j;
-            slotmig_failpoint_at[i] = at;
-            return C_OK;
-        }
+    static const char *actions[] = {"off","fail","pause","crash","delay"};
+    int i = failPointNamed(name);
+    for (int j = 0; i != -1 && j <= FAILPOINT_DELAY; j++) {
+        if (strcasecmp(actions[j],action)) continue;
+        __atomic_store_n(slotmig_failpoint_at+i,at,__ATOMIC_RELAXED);
+        __atomic_store_n(delayed_until+i,0,__ATOMIC_RELAXED);
+        __atomic_store_n(reached+i,0,__ATOMIC_RELAXED);
+        __atomic_store_n(slotmig_failpoints+i,(failPointAction)j,__ATOMIC_RELAXED);
+        return C_OK;
     }
     return C_ERR;
 }

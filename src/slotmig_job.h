@@ -77,10 +77,12 @@ typedef struct slotMigJob {
     slotSet slots;
     sds ranges;                         /* slotSetToString(slots) */
     char peer[CLUSTER_NAMELEN+1];       /* the other node's id */
+    char peer_shard[CLUSTER_NAMELEN];   /* its shard at the start: who may replace it */
     int peer_empty;                     /* it had no slots at the start, nobody could be elected in its place */
     sds reason;                         /* why it is in this state; "" when there is nothing to say */
     sds last_error;
     mstime_t created, started, ended, state_since;
+    int hidden;                         /* it has ended, and is more than the log may show */
     mstime_t phase_ms[SLOTMIG_NUM_STATES];
     /* Progress. The target counts, the source hears of it by ACKs. */
     unsigned long long keys_total, keys_done;
@@ -88,6 +90,8 @@ typedef struct slotMigJob {
     unsigned long long bytes_done;      /* of the snapshot */
     unsigned long long stream_bytes;    /* of the stream: sent (source), received (target) */
     unsigned long long stream_applied;  /* of the stream: applied by the target */
+    unsigned interruptions;             /* how often the two nodes lost each other */
+    mstime_t interrupted_at;            /* since when there is no progress for it; 0: they have each other */
     uint64_t attempt;                   /* n of HANDOFF.md: grows with each cut */
     long long write_pause_us;           /* of the last attempt */
     long long take_over_us, fsync_us, hand_off_us;  /* see slotmig_pause.c; -1: not known */
@@ -97,12 +101,16 @@ typedef struct slotMigJob {
         uint64_t version;
         long long rate;                 /* bytes of the snapshot per second, 0: any */
         long long wait_replicas;        /* of the target's, that must have the slots; -1: what is configured there */
+        long long timeout;              /* ms without the other node until it fails; -1: what is configured */
         int paused;                     /* no byte of the snapshot, no hand-off */
         int held;                       /* no hand-off */
     } control;
     mstime_t held_since;                /* ready, and nothing but `held` keeps it from handing off; 0: not so */
     long long writers_rate;             /* bytes per second that writers of the slots may stream, -1: any */
     unsigned long long trimmed;         /* keys the source let go */
+    const char *snapshot_by;            /* who took the last one: "", "thread", "fork", "thread and fork" */
+    sds forked;                         /* slots that were too large for the thread; NULL: none */
+    sds came_anew;                      /* slots that had arrived and had to come once more, and why; NULL: none */
     uint64_t epoch;                     /* that the target reserved, later owns the slots with */
     /* Words to this node's replicas, see slotmig_relay.c. */
     unsigned long long relay_seq;       /* of the next one (a replica: expected) */
@@ -121,9 +129,12 @@ slotMigJob *slotmigCreateJob(slotMigRole role, const char *id, const slotSet *sl
 slotMigJob *slotmigFindJob(const char *id);         /* also among the ended */
 slotMigJob *slotmigJobOfSlot(int slot);             /* not ended; NULL: none */
 int slotmigEnded(const slotMigJob *job);
+int slotmigTakes(void);                             /* is this node, or the master it copies, the target of a job? */
+int slotmigTakesOver(void);                         /* and bound, so that it may take over any moment? */
 /* The only function that changes a job's state. `reason` may be NULL. */
 void slotmigSetState(slotMigJob *job, slotMigState state, const char *reason);
 void slotmigSetReason(slotMigJob *job, const char *fmt, ...) __attribute__((format(printf,2,3)));
+void slotmigComesAnew(slotMigJob *job, int slots, const char *why);     /* had arrived, and must come once more */
 /* End a job that did not succeed. Takes the sds `error`. Before the commit
  * (source) or before being bound (target) only. */
 void slotmigFail(slotMigJob *job, slotMigState state, sds error);
@@ -153,7 +164,7 @@ sds slotmigNodeName(const clusterNode *n);          /* for messages: id and addr
 
 #define SLOTMIG_WORK(X) \
     X(none) X(checks) X(fork) X(frames) X(apply) X(attach) X(decode) X(fence) X(prepare) X(commit) \
-    X(takeover) X(handover) X(trim) X(drain) X(feed) X(flush) X(end)
+    X(takeover) X(handover) X(trim) X(drain) X(feed) X(flush) X(freeze) X(restore) X(end)
 #define X(name) WORK_##name,
 typedef enum { SLOTMIG_WORK(X) WORK_COUNT } slotMigWork;
 #undef X
@@ -164,16 +175,35 @@ slotMigWork slotmigWork(slotMigWork what);          /* what was going on before 
 void slotmigPauseFenceDown(slotMigJob *job, monotime fenced_at);
 void slotmigPauseServed(slotMigJob *job, monotime commit_at);
 void slotmigPauseDurable(slotMigJob *job);
-void slotmigPauseTaken(slotMigJob *job, monotime fenced_at, uint64_t take_over_us, uint64_t fsync_us);
+void slotmigPauseTaken(slotMigJob *job, monotime fenced_at, uint64_t take_over_us, uint64_t fsync_us, uint64_t served_us);
 void slotmigPauseReset(void);
 sds slotmigPauseInfo(sds info);
+
+/* ---- the background saver (slotmig_saver.c) ---- */
+
+struct slotRdbWriter;
+typedef struct slotMigSaver slotMigSaver;
+slotMigSaver *slotmigSaverStart(connection *conn, const slotSet *slots, int limited);
+void slotmigSaverFree(slotMigSaver *s, struct slotRdbWriter *writer);
+int slotmigSaverState(slotMigSaver *s);
+int slotmigSaverTakesLonger(slotMigSaver *s);
+void slotmigSaverCollect(slotMigSaver *s, slotSet *left, slotSet *large, slotSet *modules);
+void slotmigSaverFreeze(slotMigSaver *s, slotSet *left);
+int slotmigSaverTakesHere(slotMigSaver *s, int slot);
+void slotmigSaverEnd(slotMigSaver *s, int more_follows);
+size_t slotmigSaverMemory(slotMigSaver *s);
+int slotmigMayFreeze(void);
+void slotmigThawedTurn(void);
+int slotmigFreezeMakesWait(client *c);
+void slotmigFreezeResetStats(void);
+sds slotmigFreezeInfo(sds info);
 
 /* ---- links: frames over a connection (slotmig_link.c) ---- */
 
 typedef enum {
     /* source to target */
     FRAME_SNAPSHOT = 1,     /* u64 point, u64 keys: the snapshot's bytes follow on the other connection */
-    FRAME_OPS,              /* u64 end offset, u32 n, n x { u16 slot, u32 argc, argc x { u32 len, bytes } };
+    FRAME_OPS,              /* u64 end offset, u8 1: more frames of the same unit follow, u32 n, n x { u16 slot, u32 argc, argc x { u32 len, bytes } };
                              * slot SLOT_ALL_FLUSHED with no arguments: all keys of the job were flushed here */
     FRAME_CUT,              /* u64 n, u64 offset, u64 configEpoch, u64 currentEpoch */
     FRAME_COMMIT,           /* u64 n, u64 us of the write pause */
@@ -181,14 +211,16 @@ typedef enum {
     FRAME_ABORT,            /* u8 cancelled, text: the job is off */
     /* target to source */
     FRAME_ACK,              /* u64 keys done, u64 snapshot bytes, u64 stream bytes applied,
-                             * u8 0: loading, 1: all sections are there, 2: at its replicas, too */
+                             * u8 0: loading, 1: all sections are there, 2: it is ready for a hand-off */
     FRAME_PREPARED,         /* u64 n, u64 epoch, u32 slots, slots x { u16 slot, u64 keys, u64 expires } */
-    FRAME_TAKEN,            /* u64 n, u64 epoch, u64 us of the take-over, u64 us of the fsync */
+    FRAME_TAKEN,            /* u64 n, u64 epoch, u64 us of the take-over, u64 us of the fsync, u64 us since they are served */
     FRAME_LOST,             /* u64 n, text: a commit that could not be taken */
     FRAME_FAIL,             /* u8 cancelled, text: the job failed at the target */
+    FRAME_HAVE,             /* u64 offset of the stream up to which it has all, u64 bytes of the stream it got,
+                             * u64 n of the last CUT, 2048 bytes: a bit for each slot whose section it has. The first on a connection */
     /* both */
     FRAME_ALIVE,            /* nothing */
-    FRAME_CONTROL,          /* u64 version, u64 rate, u64 replicas, u8 paused, u8 held: what the operator wants; the higher version counts */
+    FRAME_CONTROL,          /* u64 version, u64 rate, u64 replicas, u64 time-out, u8 paused, u8 held: what the operator wants; the higher version counts */
 } slotMigFrame;
 
 #define FRAME_HEADER 5      /* length and type */
@@ -226,6 +258,7 @@ void slotmigLinkStopReading(slotMigLink *l, int stop);
 void slotmigLinkSendLine(slotMigLink *l, sds line);
 void slotmigLinkTick(slotMigLink *l);               /* keep-alive and time-out */
 
+long long slotmigTimeout(const slotMigJob *job);    /* ms; 0: it fails as soon as it loses the other node */
 void slotmigControl(slotMigJob *job, const struct slotMigControl *control); /* a new version; tells the other node */
 void slotmigSendControl(slotMigJob *job);
 void slotmigGotControl(slotMigJob *job, frameReader *r);
@@ -238,59 +271,88 @@ typedef void slotMigDialDone(connection *conn, const char *line, const char *err
 slotMigDial *slotmigDial(clusterNode *node, int argc, sds *argv, slotMigDialDone *done, void *arg);
 void slotmigDialCancel(slotMigDial *d);             /* `done` is not called */
 connection *slotmigStealConnection(client *c);
+connection *slotmigTakeConnection(uint64_t *id);
+connection *slotmigPipe(int *in, sds *error);
 int slotmigMayBlock(client *c);
 void slotmigBlockClient(client *c);
 client *slotmigBlockedClient(uint64_t id);
 
 /* ---- the source (slotmig_source.c, slotmig_feed.c) ---- */
 
+sds slotmigCheckStart(const slotSet *slots, clusterNode *target);
+void slotmigEstimate(const slotSet *slots, unsigned long long *keys, unsigned long long *bytes, unsigned long long *memory);
+sds slotmigRefusal(const char *node, const char *error);
 slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, const struct slotMigControl *control, sds *error);
-sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what);
+sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what, const char *node, const char *replid, long long offset);
 void slotmigSourceBeforeSleep(void);
+const char *slotmigBackupWaits(void);
+void slotmigBackupEnded(void);
+void slotmigSourceAfterChild(void);
 void slotmigSourceStep(slotMigJob *job);
 void slotmigSourceBacklog(void);                    /* when jobs have ended */
+int slotmigSourceStreams(const slotMigJob *job, int slot);
 int slotmigSourceSlows(void);                       /* do writers wait? */
 int slotmigIsFlush(struct redisCommand *cmd);
 void slotmigSourceFlushes(slotMigJob *job);         /* the node's keys are about to be flushed */
 void slotmigSourceFlushFed(slotMigJob *job);        /* and the stream tells of it */
 sds slotmigSourceAnswer(slotMigJob *job);           /* to ASK */
+void slotmigSlotIsGiven(int slot);
+void slotmigGivenPromoted(void);
+void slotmigGivenDropped(void);
 void slotmigSourceInherit(const char *id, const char *target, const slotSet *slots, const char *how);
 void slotmigRaiseEpoch(void);                       /* when a claim was defended in this turn */
-int slotmigSlotIsDefended(int slot);
+int slotmigSlotIsDefended(int slot, clusterNode *claimant);
 void slotmigUndefendSlot(int slot);
 void slotmigUndefendAll(void);
 void slotmigSourceFree(slotMigJob *job);
 slotMigLink *slotmigSourceStream(slotMigJob *job);
+size_t slotmigSourceMemory(slotMigJob *job);
 int slotmigSourceFollows(const slotMigJob *job);    /* do its slots' writes go into the stream? */
 void slotmigSourceWrote(slotMigJob *job, size_t bytes);
 void slotmigSourceUnit(slotMigJob *job, size_t bytes);
 void slotmigSourceDoom(slotMigJob *job, sds error); /* fails it at its next step */
+void slotmigSourceResume(const char *id, const char *target, const slotSet *slots, const char *how);
 void slotmigDatasetChanged(void);
 void slotmigSourceForce(slotMigJob *job);           /* take back after the commit */
-sds slotmigRefuseRole(slotMigRole role);
+int slotmigSourceInDoubt(void);                     /* is a hand-off of this node's near or not resolved? */
+sds slotmigInDoubt(void);                           /* NULL: no slot here is in doubt */
 
 /* Bytes that jobs take on this node, besides the keys it serves. */
 struct slotMigMemory { size_t shadow, loader, queues, output; };
 void slotmigMemory(struct slotMigMemory *m);
 
+/* ---- the stream again, from the backlog (slotmig_backlog.c) ---- */
+
+typedef struct slotMigReplay slotMigReplay;
+slotMigReplay *slotmigReplayCreate(long long offset);
+void slotmigReplayFree(slotMigReplay *r);
+int slotmigReplayStep(slotMigReplay *r, slotMigJob *job, monotime until, unsigned long long bytes, const char **error);
+long long slotmigAgreedOffset(const char *replid, long long offset);
+void slotmigFeedAgain(slotMigJob *job, redisOpArray *ops, long long offset);
+void slotmigFeedMark(slotMigJob *job);
+
 /* ---- the target (slotmig_target.c) ---- */
 
+sds slotmigTargetProbe(const char *source, const slotSet *slots, unsigned long long memory);
 sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
                        unsigned long long keys, unsigned long long bytes, unsigned long long memory);
 void slotmigTargetStep(slotMigJob *job);
 void slotmigTargetPace(slotMigJob *job);            /* the control changed */
 void slotmigTargetMemory(const slotMigJob *job, struct slotMigMemory *m);   /* adds to it */
 int slotmigTargetBusy(const slotMigJob *job);       /* is there work for the next slice? */
-sds slotmigTargetAnswer(slotMigJob *job, const char *asker, int inherited);     /* to ASK; NULL: by the slot map */
+sds slotmigTargetAnswer(slotMigJob *job, const char *asker, int inherited, int committed);     /* to ASK; NULL: by the slot map */
 void slotmigTargetPromoted(slotMigJob *job);
 int slotmigReplicaFollows(const slotMigJob *job);
 int slotmigIsRelayed(const slotMigJob *job);        /* this node is a replica, its master moves the slots */
 /* On a replica, what the master's words ask for. */
-sds slotmigReplicaBegin(const char *id, const char *source, const slotSet *slots, long long point,
+sds slotmigReplicaBegin(const char *id, const char *source, const char *replid, const slotSet *slots, long long point,
                         unsigned long long keys, unsigned long long seq);
 void slotmigReplicaData(slotMigJob *job, const char *p, size_t len);
+void slotmigReplicaAgain(slotMigJob *job, const char *source, const char *replid, long long agreed, const slotSet *have);
+void slotmigReplicaSnapshot(slotMigJob *job, long long point, unsigned long long keys);
 void slotmigReplicaOps(slotMigJob *job, const char *p, size_t len);
-void slotmigReplicaPrepare(slotMigJob *job, uint64_t n, uint64_t epoch, uint64_t source_epoch);
+void slotmigReplicaPrepare(slotMigJob *job, uint64_t n, uint64_t epoch, uint64_t source_epoch,
+                           unsigned long long keys, unsigned long long expires);
 void slotmigReplicaDiscard(slotMigJob *job, uint64_t n);
 int slotmigReplicaTakeOver(slotMigJob *job, uint64_t n, uint64_t epoch);    /* 0: it has not all of it */
 void slotmigTargetForce(slotMigJob *job);           /* discard although bound */
@@ -300,9 +362,45 @@ slotMigLink *slotmigTargetStream(slotMigJob *job);
 
 /* ---- commands (slotmig_command.c) ---- */
 
-sds slotmigCheckNode(void);                         /* why this node cannot migrate; NULL: it can */
+sds slotmigCheckNode(int running);                       /* why this node cannot migrate; NULL: it can */
 sds *slotmigRangeArgs(sds *argv, int *argc, const slotSet *slots);
 slotMigDial *slotmigAsk(slotMigJob *job, clusterNode *node, slotMigDialDone *done);
+
+#define SLOTMIG_BLOCKS_MAX 128      /* targets in one command */
+/* Tells a client that its jobs were accepted; `ids`, separated by spaces, stay the caller's. */
+typedef void slotMigReply(client *c, sds ids);
+void slotmigStart(client *c, int blocks, const slotSet *slots, clusterNode **targets, const struct slotMigControl *control,
+                  slotMigReply *reply);
+void slotmigRequest(client *c, clusterNode *owner, int n, sds *words, slotMigReply *reply);
+void slotmigCancel(slotMigJob *job);                /* it must be cancellable */
+long long slotmigCancelAll(int (*chosen)(const slotMigJob *job));
+void slotmigReplyText(client *c, const char *name, const char *text);
+void slotmigReplyNumber(client *c, const char *name, long long v);
+void slotmigReplyNode(client *c, const char *name, const slotMigJob *job, slotMigRole end);
+void slotmigReplyJobs(client *c, void (*one)(client *c, slotMigJob *job));
+
+sds slotmigParseRangeArgs(client *c, int *at, slotSet *slots, slotSet *all);
+
+/* ---- slots out of a node and into it (slotmig_backup.c, slotmig_restore.c) ---- */
+
+void slotmigBackup(client *c, const slotSet *slots);
+void slotmigRestore(client *c, const char *path, const slotSet *slots, int replace);
+void slotmigRestoreFlushed(void);
+void slotmigRestoreShutdown(void);
+size_t slotmigRestoreMemory(void);
+void slotmigTouchWatchedKeys(const slotSet *slots);
+sds slotmigCheckMemory(void);
+void slotmigBackupTurn(void);                       /* the end of a turn of the event loop */
+sds slotmigCheckServed(const slotSet *slots);       /* does this shard serve them? NULL: all */
+
+/* ---- DRYRUN (slotmig_plan.c) ---- */
+
+void slotmigPlan(client *c, int blocks, const slotSet *slots, clusterNode **targets, slotMigReply *reply);
+void slotmigReplyPlan(client *c, sds line);
+
+/* ---- the rivals' commands (slotmig_rivals.c) ---- */
+
+int slotmigRivalCommand(client *c);                 /* 1: it was one of them */
 
 /* ---- what the cluster bus tells (slotmig_bus.c) ---- */
 
@@ -311,53 +409,98 @@ int slotmigFresh(sds *why);
 int slotmigEpochEchoed(uint64_t epoch);
 void slotmigPingMasters(void);
 clusterNode *slotmigLineageMaster(const char *name, int empty);
+clusterNode *slotmigSuccessor(void);
 int slotmigSameLineage(const clusterNode *n, const char *name);
 int slotmigShardMates(const char *name);
 clusterNode *slotmigAliveInShard(const char *name);
 
 /* ---- records of hand-offs (slotmig_record.c) ---- */
 
-void slotmigRecordPut(const char *id, const char *target, const slotSet *slots);
+void slotmigRecordPut(const char *id, const char *target, const slotSet *slots, int handoff);
 void slotmigRecordDrop(const char *id);
 void slotmigRecordsClear(void);
 void slotmigRecordsEnd(const slotSet *slots, const char *but);
 void slotmigAskRecords(void);                       /* at the end of a turn */
 void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id));
 sds slotmigSaveRecords(sds conf);
-void slotmigLoadRecord(const char *value);
+void slotmigLoadRecord(const char *value, int handoff);
 int slotmigParseRanges(const char *p, slotSet *slots);      /* "3-10,20"; 0: it is none */
 void slotmigInherit(const char *how);
 int slotmigRecordCovers(int slot);
 int slotmigAnyRecord(void);
-int slotmigHasRecord(const char *id);
+int slotmigAnyHandoff(void);
+int slotmigHasRecord(const char *id, int handoff);
+
+/* ---- a job in the RDB of a full synchronization (slotmig_carry.c) ---- */
+
+typedef struct slotMigCarried {     /* of a target's job */
+    slotSet slots;                  /* that are carried */
+    char replid[CONFIG_RUN_ID_SIZE+1];
+    long long received;             /* of that history */
+    unsigned long long stream;      /* bytes of the stream received */
+} slotMigCarried;
+
+int slotmigTargetCarry(slotMigJob *job, slotMigCarried *c);     /* 0: there is nothing to carry */
+struct slotMigShadow *slotmigTargetShadow(slotMigJob *job);
+int slotmigTargetEachOp(slotMigJob *job, const slotSet *slots,
+    int (*fn)(void *arg, int slot, long long offset, uint32_t argc, const void *args, size_t bytes), void *arg);    /* ends at the first -1 */
+void slotmigTargetShare(slotMigJob *job, const slotSet *slots, uint64_t seq);
+struct slotRdbWriter;
+#define SLOTMIG_NO_POINT -1         /* of a section: it gets no slot-section field */
+int slotmigSaveSections(struct slotRdbWriter *w, redisDb *db, const slotSet *slots, int64_t point);
+void slotmigDamageWrites(struct _rio *r);
+int slotmigIsCopied(slotMigJob *job);               /* it came with an RDB, and not all of it yet */
+void slotmigDropCopied(void);
+sds slotmigReplicaCarried(const char *id, const char *source, const slotSet *slots, const slotMigCarried *c,
+                          unsigned long long seq, unsigned long long relayed, unsigned long long keys);     /* NULL: ok */
+void slotmigReplicaCarriedOp(slotMigJob *job, frameReader *r, int slot, long long offset, uint32_t argc);
+void slotmigReplicaCarriedData(slotMigJob *job, const char *p, size_t len);
+void slotmigReplicaCarriedEnd(slotMigJob *job);
 
 /* ---- a master and its replicas (slotmig_relay.c) ---- */
 
 typedef enum {
     RELAY_HANDOFF, RELAY_END, RELAY_TRIM, RELAY_BEGIN, RELAY_DATA, RELAY_OPS, RELAY_PREPARED, RELAY_DISCARD,
-    RELAY_TAKEOVER, RELAY_ABORT, RELAY_LOST, RELAY_RECORD, RELAY_WORDS
+    RELAY_TAKEOVER, RELAY_ABORT,
+    RELAY_JOB, RELAY_AGAIN, RELAY_SNAPSHOT, RELAY_LOADED, RELAY_LOST, RELAY_RECORD, RELAY_COPIED, RELAY_WORDS
 } slotMigWord;
 int slotmigHasReplicas(void);
 sds slotmigCheckReplicas(void);
+sds slotmigCommaRanges(const slotSet *slots);       /* the caller's */
 void slotmigRelay(slotMigJob *job, slotMigWord word, int n, sds *args);
 void slotmigRelayHandoff(slotMigJob *job);
 void slotmigRelayEnd(slotMigJob *job);
 void slotmigRelayTrim(slotMigJob *job);
-void slotmigRelayBegin(slotMigJob *job, long long point);
+void slotmigRelayJob(slotMigJob *job);
+void slotmigRelayBegin(slotMigJob *job, const char *replid, long long point);
+void slotmigRelayAgain(slotMigJob *job, const char *replid, long long agreed, const slotSet *have);
+void slotmigRelaySnapshot(slotMigJob *job, long long point);
+void slotmigForgetTold(slotMigJob *job, slotMigWord word);
 void slotmigRelayBytes(slotMigJob *job, slotMigWord word, const void *p, size_t len);
 void slotmigRelayAttempt(slotMigJob *job, slotMigWord word, uint64_t n, uint64_t epoch, uint64_t source_epoch);
+void slotmigRelayTakeOver(slotMigJob *job, uint64_t n);
+extern int slotmig_unserved;
+void slotmigDoNotServe(const slotSet *slots);
+int slotmigIsUnserved(int slot);
+void slotmigServeSlot(int slot);
+void slotmigLackingPromoted(void);
+void slotmigHaveSlots(const slotSet *slots);
+void slotmigLackingTurn(void);
+void slotmigRelayPrepared(slotMigJob *job, uint64_t n, uint64_t source_epoch, unsigned long long keys, unsigned long long expires);
 int slotmigToldCount(slotMigJob *job, slotMigWord word, uint64_t n);
 sds slotmigNotTold(slotMigJob *job, slotMigWord word, uint64_t n);
 int slotmigBehind(slotMigJob *job, slotMigWord word, uint64_t n);
 int slotmigLostCount(slotMigJob *job);
-int slotmigHaveSnapshot(slotMigJob *job);
+long long slotmigRelayApplied(slotMigJob *job, int wanted, unsigned long long sent);
 size_t slotmigRelayRoom(slotMigJob *job);
 void slotmigAnswerMaster(const char *id, slotMigWord word, uint64_t n, const char *text);
 void slotmigRelayed(client *c);
+void slotmigFollow(const clusterNode *n);           /* be its replica, at the end of this turn */
 void slotmigFollowSlots(void);                      /* at the end of a turn */
 void slotmigWasLastWord(slotMigJob *job);
 /* The target's answer to the offer of a job (NULL: accepted), for the command
  * that waits for it. */
+int slotmigRequestIsOpen(const slotMigJob *job);
 void slotmigRequestAnswered(slotMigJob *job, const char *error);
 
 /* ---- the shadow (slotmig_shadow.c) ---- */
@@ -372,17 +515,46 @@ void slotmigShadowRegister(slotMigShadow *s, dictEntry *hash);
 int slotmigShadowAdd(slotMigShadow *s, int slot, sds key, robj *o, long long expire);
 unsigned long long slotmigShadowMerge(slotMigShadow *s);
 void slotmigShadowEmpty(slotMigShadow *s);
+unsigned long long slotmigShadowLose(slotMigShadow *s, const slotSet *slots);
 void slotmigShadowDrop(slotMigShadow *s);
 int slotmigDrainStep(monotime until);
 void slotmigShadowFlushed(int async);
 int slotmigAnyShadowDraining(void);
 sds slotmigFieldExpiryKey(robj *hash);
+int slotmigModulesListen(void);                     /* is there one that may have to be told of keys, or has types of its own? */
 slotMigLimbo *slotmigLimboCreate(void);
 unsigned long long slotmigLimboTake(slotMigLimbo *limbo, int slot);
 int slotmigLimboStep(slotMigLimbo *limbo, monotime until);
 void slotmigLimboFree(slotMigLimbo *limbo);
+unsigned long long slotmigDropSlot(int slot);
+void slotmigDroppedTurn(void);
+void slotmigInitSections(void);                     /* before the first loader starts */
 kvstore *slotmigSectionKeys(void);                  /* any thread */
 kvstore *slotmigSectionExpires(void);
+
+/* ---- the append-only file (slotmig_aof.c) ---- */
+
+typedef struct slotMigFile slotMigFile;             /* a snapshot's; the loader's until its end */
+typedef struct slotMigAof slotMigAof;               /* a job's files */
+int slotmigFileWrite(slotMigFile *f, const void *p, size_t len);    /* the loader's thread; C_ERR: errno */
+void slotmigFileSection(slotMigFile *f, int slot, uint64_t offset);
+void slotmigFileEnd(slotMigFile *f, int complete);
+const char *slotmigAofRenamed(void);                /* NULL: no command that its files need */
+slotMigAof *slotmigAofCreate(const char *id);       /* NULL: no append-only file */
+slotMigFile *slotmigAofSnapshot(slotMigAof *a);
+void slotmigAofCommand(slotMigAof *a, robj **argv, int argc);       /* a: NULL is allowed, as below */
+void slotmigAofLose(slotMigAof *a, const slotSet *slots);
+int slotmigAofSettled(slotMigAof *a, const slotSet *ready);
+void slotmigAofFlush(slotMigAof *a);
+sds slotmigAofError(slotMigAof *a);
+sds slotmigAofJoin(slotMigAof *a, const slotSet *slots);
+void slotmigAofDrop(slotMigAof *a);
+void slotmigAofRestart(void);
+void slotmigAofSlotLeft(int slot);
+void slotmigAofSlotBack(int slot);
+robj **slotmigDeleteArgs(const slotSet *slots, int *argc);  /* a command that deletes the keys of these slots; the caller's */
+void slotmigAofTurn(void);
+int slotmigAofLoaded(const char *id);
 
 /* ---- the loader (slotmig_loader.c) ---- */
 
@@ -401,10 +573,28 @@ typedef struct slotMigSection {         /* a slot that arrived whole */
     unsigned long long nkeys, nexpires, bytes;
     size_t memory;                      /* bytes that it takes */
     long long point;                    /* stream offset of its snapshot */
+    sds commands;                       /* RESTOREs of its keys, as in a stream; NULL: not wanted */
 } slotMigSection;
 
+/* Who reads RDB records on a thread that is not upstream's reader: that asks by the
+ * hooks in rdb.c, and tells here what is wrong. */
+#define SLOTMIG_READER_ERROR 512
+typedef struct slotMigReader {
+    char error[SLOTMIG_READER_ERROR];   /* "" until something is wrong */
+    int validates;                      /* values are checked in depth: nobody vouches for their bytes */
+    int on_main;                        /* any module's types may be decoded */
+    moduleType *vectorset;              /* else: resolved on the main thread; NULL: not there */
+    uint64_t vectorset_id;
+} slotMigReader;
+
+void slotmigReaderInit(slotMigReader *r, int validates);
+void slotmigReaderUse(slotMigReader *r);            /* any thread */
+slotMigSection *slotmigSectionCreate(int slot, uint64_t keys, uint64_t expires);    /* any thread */
+int slotmigSectionAdd(slotMigSection *s, sds key, robj *o, long long expire, long long lfu, long long lru, long long lru_clock);
+
 typedef struct slotMigLoader slotMigLoader;
-slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int patient, int tee, void (*wake)(void*), void *arg);
+slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int patient, int tee, int commands, slotMigFile *file,
+                                  void (*wake)(void*), void *arg);
 sds slotmigLoaderTeed(slotMigLoader *l);            /* bytes that were read since, the caller's; NULL: none */
 void slotmigLoaderPace(slotMigLoader *l, long long rate, int paused);   /* bytes per second, 0: any */
 size_t slotmigLoaderMemory(slotMigLoader *l);       /* of sections not taken yet */
@@ -412,35 +602,45 @@ size_t slotmigLoaderMemory(slotMigLoader *l);       /* of sections not taken yet
 slotMigSection *slotmigLoaderNext(slotMigLoader *l);
 /* 0: running, 1: complete and verified, -1: failed (*error is set, owned by the loader). Sections first. */
 int slotmigLoaderState(slotMigLoader *l, const char **error, unsigned long long *bytes);
+int slotmigLoaderRuns(slotMigLoader *l);
+void slotmigLoaderStop(slotMigLoader *l);
+void slotmigLoaderCut(slotMigLoader *l);
+int slotmigLoaderLost(slotMigLoader *l);
 void slotmigLoaderFree(slotMigLoader *l);           /* stops the thread, closes the connection */
 void slotmigSectionFree(slotMigSection *s);         /* any thread */
+int slotmigSectionAddDecoded(slotMigSection *s, sds key, robj *o, long long expire);   /* C_ERR: the key is there, nothing was taken */
 void slotmigSectionDrop(slotMigSection *s);         /* the same, in the background */
 /* Main thread. The value, or NULL and *error (the caller's). */
 robj *slotmigDecodeValue(const slotMigRawValue *v, sds *error);
 
 /* ---- fail points: named after the steps of the protocol ---- */
 
-typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRASH } failPointAction;
+typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRASH, FAILPOINT_DELAY } failPointAction;
 #define SLOTMIG_FAILPOINTS(X) \
-    X(source_before_attach) X(source_before_fork) X(source_in_child) X(source_before_cut) \
+    X(any_fork) X(source_before_attach) X(source_before_fork) X(source_in_child) X(source_in_freeze) X(source_in_filler) X(source_overlooks) \
+    X(source_slot_takes_long) X(source_before_cut) \
     X(source_before_commit) X(source_after_commit) X(source_before_trim) X(source_replica_told) \
     X(source_damages_section) X(source_cuts_snapshot) X(source_flips_byte) \
     X(source_repeats_command) X(source_drops_command) \
     X(target_before_accept) X(target_before_load) X(target_before_section) X(target_before_apply) \
     X(target_before_prepared) X(target_prepared) X(target_before_takeover) X(target_after_takeover) \
-    X(target_replica_prepared) X(target_replica_takeover)
+    X(target_replica_prepared) X(target_replica_takeover) X(target_cuts_links) X(link_is_lost)
 #define X(name) FP_##name,
 typedef enum { SLOTMIG_FAILPOINTS(X) FP_COUNT } failPoint;
 #undef X
 extern failPointAction slotmig_failpoints[FP_COUNT];
 extern long long slotmig_failpoint_at[FP_COUNT];   /* number given with the action, for points that have a place */
-/* What was set for this point: crashes by itself, tells FAIL and PAUSE. */
-failPointAction slotmigFailPoint(failPoint fp);
+/* What was set for this point: crashes by itself, tells FAIL and PAUSE. DELAY is a PAUSE that
+ * ends by itself, as many ms as are given after the point was reached first. */
+failPointAction slotmigFailPoint(failPoint fp);     /* any thread */
+long long slotmigFailPointAt(failPoint fp);          /* any thread */
+long long slotmigFailPointReached(const char *name);     /* times since it was set; -1: no such name */
 int slotmigSetFailPoint(const char *name, const char *action, long long at);    /* C_ERR: no such name or action */
 
 /* ---- upstream's, not declared in its headers ---- */
 int clusterAddSlot(clusterNode *n, int slot);
 int clusterDelSlot(int slot);
+int getSlotOrReply(client *c, robj *o);
 void clusterSaveConfigOrDie(int do_fsync);
 void clusterDoBeforeSleep(int flags);
 void clusterBroadcastPong(int target);
@@ -451,5 +651,6 @@ struct redisCommand *lookupCommandLogic(dict *commands, robj **argv, int argc, i
 int bitmapTestBit(unsigned char *bitmap, int pos);
 char *replicationGetSlaveName(client *c);
 void clusterSendPing(clusterLink *link, int type);
+void databasesCron(void);
 
 #endif

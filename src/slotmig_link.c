@@ -22,6 +22,7 @@
  * Public License v3 (AGPLv3), see LICENSE. */
 
 #include "slotmig_job.h"
+#include <sys/socket.h>
 #include "bio.h"
 
 void keepClientInMainThread(client *c);     /* iothread.c */
@@ -146,8 +147,9 @@ static void readFrames(connection *conn) {
     int closed = 0;
 
     /* A script that yields runs the event loop from inside a command: nothing
-     * may be executed then. The data stay in the socket; the tick resumes. */
-    if (slotmigMustNotExecute()) {
+     * may be executed then. And what the target reads in a manual failover would go on to
+     * its replica, which waits for an offset. The data stay in the socket; the tick resumes. */
+    if (slotmigMustNotExecute() || (job->role == SLOTMIG_TARGET && server.cluster->mf_end && clusterNodeIsMaster(server.cluster->myself))) {
         l->stopped_busy = 1;
         updateReading(l);
         return;
@@ -271,7 +273,7 @@ void slotmigLinkTick(slotMigLink *l) {
     if (server.mstime - l->last_write > ALIVE_PERIOD && listLength(l->out) == 0)
         slotmigLinkSend(l,slotmigFrameStart(FRAME_ALIVE));
     slotmigLinkFlush(l);
-    if (l->broken)
+    if (l->broken || slotmigFailPoint(FP_link_is_lost) == FAILPOINT_FAIL)
         linkClose(l,"the connection was closed");
     else if (!l->stopped_full && server.mstime - l->last_read > server.repl_timeout*1000LL)
         linkClose(l,"the peer was silent for repl-timeout");
@@ -497,5 +499,35 @@ connection *slotmigStealConnection(client *c) {
     connSetPrivateData(conn,NULL);
     c->conn = NULL;
     freeClient(c);
+    return conn;
+}
+
+/* The connection of a blocked client. NULL: not yet, or (*id is 0 then) never. */
+connection *slotmigTakeConnection(uint64_t *id) {
+    client *c = slotmigBlockedClient(*id);
+    /* What it was answered before, to AUTH, goes first. */
+    if (c && clientHasPendingReplies(c) && writeToClient(c,0) == C_OK && clientHasPendingReplies(c))
+        return NULL;
+    c = slotmigBlockedClient(*id);
+    *id = 0;
+    return c ? slotmigStealConnection(c) : NULL;
+}
+
+/* A pair of sockets: what is written to *in is read from the connection. NULL: *error, the
+ * caller's. */
+connection *slotmigPipe(int *in, sds *error) {
+    int fds[2];
+    if (socketpair(AF_UNIX,SOCK_STREAM,0,fds) == -1) {
+        *error = sdscatprintf(sdsempty(),"no descriptors: %s",strerror(errno));
+        return NULL;
+    }
+    for (int i = 0; i < 2; i++) {
+        anetNonBlock(NULL,fds[i]);
+        anetCloexec(fds[i]);
+    }
+    connection *conn = connCreate(server.el,connectionTypeTcp());
+    conn->fd = fds[1];
+    conn->state = CONN_STATE_CONNECTED;
+    *in = fds[0];
     return conn;
 }

@@ -47,7 +47,6 @@
 
 #define LOADER_BUFFER (128*1024)
 #define LOADER_POLL 100                 /* ms between two looks at `stop` while no byte comes */
-#define LOADER_ERROR_MAX 512
 #define TEE_MAX (512*1024)              /* bytes for the replicas that wait until no more is read */
 #define PACE_BURST 250                  /* ms of the rate limit that may come at once */
 #define KEY_OVERHEAD 96                 /* bytes of memory a key takes besides its text, if the allocator does not tell */
@@ -56,18 +55,13 @@
  * keys than this grows as it goes. */
 #define PRESIZE_MAX (1<<24)
 
-/* Who reads an RDB record on this thread: upstream's reader asks by the hooks below. */
-typedef struct rdbReader {
-    char error[LOADER_ERROR_MAX];       /* "" until something is wrong */
-    int on_main;                        /* any module's types may be decoded */
-    moduleType *vectorset;              /* else: resolved on the main thread; NULL: not there */
-    uint64_t vectorset_id;
-} rdbReader;
-
 struct slotMigLoader {
     rio rdb;                            /* first: loaderRead() gets its address */
     connection *conn;
     int tls, patient, tee;
+    int commands;                       /* sections are to have those that make their keys */
+    slotMigFile *file;                  /* gets what is read, NULL: none */
+    int lost;                           /* the connection ended, before the error was set */
     slotSet slots;                      /* expected */
     unsigned char buf[LOADER_BUFFER];
     size_t pos, len;                    /* of what was read into `buf`: taken, there */
@@ -80,7 +74,7 @@ struct slotMigLoader {
     uint64_t want_keys, want_expires;   /* of the open section, as SLOT_INFO says */
     slotSet seen;
     slotRdbIndex index;
-    rdbReader reader;
+    slotMigReader reader;
     sds capture;                        /* of what is taken; NULL: nothing */
     sds replay;                         /* captured, to be read again first; NULL: none */
     size_t replayed;
@@ -104,7 +98,7 @@ struct slotMigLoader {
     void *arg;
 };
 
-static __thread rdbReader *this_reader;
+static __thread slotMigReader *this_reader;
 
 /* ---- hooks in rdb.c ---- */
 
@@ -112,19 +106,38 @@ int slotmigInLoader(void) {
     return this_reader != NULL;
 }
 
+int slotmigLoaderValidates(void) {
+    return this_reader != NULL && this_reader->validates;
+}
+
 int slotmigLoaderError(const char *msg) {
     if (this_reader == NULL) return 0;
     if (!this_reader->error[0])
-        snprintf(this_reader->error,LOADER_ERROR_MAX,"%s",msg);
+        snprintf(this_reader->error,sizeof(this_reader->error),"%s",msg);
     return 1;
 }
 
 /* On the loader's thread only types known to load without touching the module's
  * or the server's state. The low ten bits of an id are the encoding's version. */
 moduleType *slotmigLoaderModuleType(uint64_t id) {
-    rdbReader *r = this_reader;
+    slotMigReader *r = this_reader;
     if (r->on_main) return moduleTypeLookupModuleByID(id);
     return r->vectorset && (id & ~(uint64_t)1023) == (r->vectorset_id & ~(uint64_t)1023) ? r->vectorset : NULL;
+}
+
+/* On the main thread, before a thread uses it. */
+void slotmigReaderInit(slotMigReader *r, int validates) {
+    memset(r,0,sizeof(*r));
+    r->validates = validates;
+    r->vectorset = moduleTypeLookupModuleByName("vectorset");
+    if (r->vectorset) r->vectorset_id = r->vectorset->id;
+    slotmigInitSections();
+    slotRdbCombineCrc(0,0,1);   /* fills a table that threads then only read */
+}
+
+/* What this thread reads from here on is read for `r`; NULL: as ever. */
+void slotmigReaderUse(slotMigReader *r) {
+    this_reader = r;
 }
 
 /* ---- reading ---- */
@@ -134,7 +147,7 @@ static void loaderFail(slotMigLoader *l, const char *fmt, ...) {
     va_list ap;
     if (l->reader.error[0]) return;     /* the first one is the cause */
     va_start(ap,fmt);
-    vsnprintf(l->reader.error,LOADER_ERROR_MAX,fmt,ap);
+    vsnprintf(l->reader.error,sizeof(l->reader.error),fmt,ap);
     va_end(ap);
 }
 
@@ -202,16 +215,22 @@ static size_t loaderReceive(slotMigLoader *l, void *buf, size_t room) {
         if (n > 0) {
             l->allowed -= n;
             if (l->tee) teeBytes(l,buf,n);
+            if (l->file && slotmigFileWrite(l->file,buf,n) == C_ERR) {
+                loaderFail(l,"cannot write to the append-only file's directory: %s",strerror(errno));
+                return 0;
+            }
             atomicIncr(l->bytes,n);
             if (l->section) atomicSet(l->open_memory,sectionMemory(l));
             return n;
         }
         if ((n == 0 && !l->tls) || connGetState(l->conn) != CONN_STATE_CONNECTED) {
+            l->lost = 1;
             loaderFail(l,"the snapshot's connection ended at offset %llu",(unsigned long long)l->offset);
             return 0;
         }
         struct pollfd pfd = { l->conn->fd, POLLIN, 0 };
         if ((l->tls || poll(&pfd,1,LOADER_POLL) == 0) && (idle += LOADER_POLL) > l->idle_limit && !l->patient) {
+            l->lost = 1;
             loaderFail(l,"no byte of the snapshot arrived for repl-timeout, at offset %llu",
                 (unsigned long long)l->offset);
             return 0;
@@ -288,6 +307,7 @@ void slotmigSectionFree(slotMigSection *s) {
     }
     zfree(s->raw);
     zfree(s->field_expiry);
+    sdsfree(s->commands);
     zfree(s);
 }
 
@@ -297,6 +317,83 @@ static void freeSection(void *args[]) {
 
 void slotmigSectionDrop(slotMigSection *s) {
     if (s) bioCreateLazyFreeJob(freeSection,1,s);
+}
+
+static sds catText(sds s, const char *p, size_t len) {
+    char head[32];
+    int n = snprintf(head,sizeof(head),"$%zu\r\n",len);
+    return sdscatlen(sdscatlen(sdscatlen(s,head,n),p,len),"\r\n",2);
+}
+
+static sds catNumber(sds s, long long v) {
+    char text[32];
+    return catText(s,text,snprintf(text,sizeof(text),"%lld",v));
+}
+
+/* The RESTORE of a key whose record had this type and these bytes of value: they are what
+ * DUMP gives, but for its end, the RDB's version and a sum. */
+static void addCommand(slotMigSection *s, unsigned char type, sds key, sds value, long long expire, long long lfu, long long lru) {
+    char head[32];
+    unsigned char end[10] = { RDB_VERSION & 0xff, RDB_VERSION >> 8 };
+    size_t room = sdslen(key)+sdslen(value)+256;
+    uint64_t crc = crc64(crc64(crc64(0,&type,1),(unsigned char*)value,sdslen(value)),end,2);
+    memrev64ifbe(&crc);
+    memcpy(end+2,&crc,8);
+    /* Doubled, as in loaderRead(). */
+    if (sdsavail(s->commands) < room) s->commands = sdsMakeRoomForNonGreedy(s->commands,room > sdslen(s->commands) ? room : sdslen(s->commands));
+    sds c = sdscat(s->commands,lfu == -1 && lru == -1 ? "*6\r\n" : "*8\r\n");
+    c = sdscat(c,"$7\r\nRESTORE\r\n");
+    c = catText(c,key,sdslen(key));
+    c = catNumber(c,expire == -1 ? 0 : expire);
+    c = sdscatlen(c,head,snprintf(head,sizeof(head),"$%zu\r\n",1+sdslen(value)+sizeof(end)));
+    c = sdscatlen(sdscatlen(sdscatlen(c,&type,1),value,sdslen(value)),end,sizeof(end));
+    c = sdscat(c,"\r\n$7\r\nREPLACE\r\n$6\r\nABSTTL\r\n");
+    if (lfu != -1) c = catNumber(sdscat(c,"$4\r\nFREQ\r\n"),lfu);
+    else if (lru != -1) c = catNumber(sdscat(c,"$8\r\nIDLETIME\r\n"),lru);
+    s->commands = c;
+}
+
+/* `keys`, `expires`: how many there will be, which need not be true. Any thread, as below. */
+slotMigSection *slotmigSectionCreate(int slot, uint64_t keys, uint64_t expires) {
+    slotMigSection *s = zcalloc(sizeof(*s));
+    s->slot = slot;
+    s->keys = slotmigSectionKeys();
+    s->expires = slotmigSectionExpires();
+    if (keys <= PRESIZE_MAX && keys) kvstoreExpand(s->keys,keys,1,NULL);
+    if (expires <= PRESIZE_MAX && expires) kvstoreExpand(s->expires,expires,1,NULL);
+    return s;
+}
+
+/* Takes the key and the value. NULL: the key is there already, nothing was taken. */
+static dictEntry *addKey(slotMigSection *s, sds key, robj *o, long long expire) {
+    redisDb db = { .keys = s->keys, .expires = s->expires };
+    dictEntry *de = kvstoreDictAddRaw(s->keys,0,key,NULL);
+    if (de == NULL) return NULL;
+    kvstoreDictSetVal(s->keys,0,de,o);
+    updateKeysizesHist(&db,0,o->type,-1,getObjectLength(o));
+    if (expire != -1) dictSetSignedIntegerVal(kvstoreDictAddRaw(s->expires,0,key,NULL),expire);
+    return de;
+}
+
+/* The same, of one of its raw values that was decoded: it is counted already. Main thread. */
+int slotmigSectionAddDecoded(slotMigSection *s, sds key, robj *o, long long expire) {
+    return addKey(s,key,o,expire) ? C_OK : C_ERR;
+}
+
+/* Takes the key and the value; C_ERR: the key is there already, nothing was taken. */
+int slotmigSectionAdd(slotMigSection *s, sds key, robj *o, long long expire, long long lfu, long long lru, long long lru_clock) {
+    initObjectLRUOrLFU(o);
+    dictEntry *de = addKey(s,key,o,expire);
+    if (de == NULL) return C_ERR;
+    if (o->refcount != OBJ_SHARED_REFCOUNT) objectSetLRUOrLFU(o,lfu,lru,lru_clock,1000);     /* all threads' */
+    s->nkeys++;
+    if (expire != -1) s->nexpires++;
+    if (o->type == OBJ_HASH && hashTypeGetMinExpire(o,1) != EB_EXPIRE_TIME_INVALID) {
+        size_t n = s->nfield_expiry++;
+        if ((n & (n-1)) == 0) s->field_expiry = zrealloc(s->field_expiry,sizeof(de)*(n ? n*2 : 1));
+        s->field_expiry[n] = de;
+    }
+    return C_OK;
 }
 
 static int openSection(slotMigLoader *l) {
@@ -316,12 +413,8 @@ static int openSection(slotMigLoader *l) {
     l->section_memory = slotmigThreadMemory();
     l->want_keys = keys;
     l->want_expires = expires;
-    l->section = zcalloc(sizeof(*l->section));
-    l->section->slot = slot;
-    l->section->keys = slotmigSectionKeys();
-    l->section->expires = slotmigSectionExpires();
-    if (keys <= PRESIZE_MAX) kvstoreExpand(l->section->keys,keys,1,NULL);
-    if (expires <= PRESIZE_MAX && expires) kvstoreExpand(l->section->expires,expires,1,NULL);
+    l->section = slotmigSectionCreate(slot,keys,expires);
+    if (l->commands) l->section->commands = sdsempty();
     return C_OK;
 }
 
@@ -349,6 +442,7 @@ static int closeSection(slotMigLoader *l, const char *text, size_t len, uint64_t
     }
     said.offset = l->section_offset;
     slotRdbIndexAdd(&l->index,&said);
+    if (l->file) slotmigFileSection(l->file,s->slot,l->offset);
     s->bytes = bytes;
     s->point = said.point;
     s->memory = sectionMemory(l);
@@ -443,12 +537,14 @@ static int loadModuleValue(slotMigLoader *l, sds key, long long expire, long lon
         return C_ERR;
     }
     if (slotmigLoaderModuleType(id)) {
+        if (l->commands) l->capture = sdsdup(bytes);
         l->replay = bytes;
         l->replayed = 0;
         *decode = 1;
         return C_OK;
     }
     if ((s->nraw & (s->nraw-1)) == 0) s->raw = zrealloc(s->raw,sizeof(*s->raw)*(s->nraw ? s->nraw*2 : 1));
+    if (l->commands) addCommand(s,RDB_TYPE_MODULE_2,key,bytes,expire,lfu,lru);
     s->raw[s->nraw++] = (slotMigRawValue){ key, bytes, expire, lfu, lru, lru_clock };
     s->nkeys++;
     if (expire != -1) s->nexpires++;
@@ -477,34 +573,22 @@ static int loadKey(slotMigLoader *l, int type, long long expire, long long lfu, 
         }
         if (!decode) return C_OK;
     }
+    if (l->commands && l->capture == NULL) l->capture = sdsempty();
     robj *o = rdbLoadObject(type,&l->rdb,key,0,&error);
+    sds value = l->capture;
+    l->capture = NULL;
+    if (o && value) addCommand(s,type,key,value,expire,lfu,lru);
+    sdsfree(value);
     if (o == NULL) {
         loaderFail(l,"a value of slot %d cannot be read at offset %llu",s->slot,(unsigned long long)l->offset);
         sdsfree(key);
         return C_ERR;
     }
-    redisDb db = { .keys = s->keys, .expires = s->expires };
-    dictEntry *de = kvstoreDictAddRaw(s->keys,0,key,NULL);
-    if (de == NULL) {
+    if (slotmigSectionAdd(s,key,o,expire,lfu,lru,lru_clock) == C_ERR) {
         loaderFail(l,"a key twice in the section of slot %d",s->slot);
         sdsfree(key);
         decrRefCount(o);
         return C_ERR;
-    }
-    initObjectLRUOrLFU(o);
-    kvstoreDictSetVal(s->keys,0,de,o);
-    updateKeysizesHist(&db,0,o->type,-1,getObjectLength(o));
-    objectSetLRUOrLFU(o,lfu,lru,lru_clock,1000);
-    s->nkeys++;
-    if (expire != -1) {
-        dictEntry *ede = kvstoreDictAddRaw(s->expires,0,key,NULL);
-        dictSetSignedIntegerVal(ede,expire);
-        s->nexpires++;
-    }
-    if (o->type == OBJ_HASH && hashTypeGetMinExpire(o,1) != EB_EXPIRE_TIME_INVALID) {
-        size_t n = s->nfield_expiry++;
-        if ((n & (n-1)) == 0) s->field_expiry = zrealloc(s->field_expiry,sizeof(de)*(n ? n*2 : 1));
-        s->field_expiry[n] = de;
     }
     return C_OK;
 }
@@ -610,7 +694,9 @@ static void *loaderMain(void *arg) {
     if (res == C_ERR) loaderFail(l,"the snapshot cannot be read at offset %llu",(unsigned long long)l->offset);
     slotmigSectionFree(l->section);
     l->section = NULL;
+    if (l->file) slotmigFileEnd(l->file,res == C_OK);
     atomicSet(l->open_memory,0);
+    sdsfree(l->capture);
     sdsfree(l->replay);
     this_reader = NULL;
     pthread_mutex_lock(&l->mutex);
@@ -634,9 +720,13 @@ static void loaderWoken(struct aeEventLoop *el, int fd, void *data, int mask) {
 
 /* Takes the connection; must not be called from inside one of its handlers. `wake(arg)` is called
  * on the main thread when there is something new. `patient`: the connection may be
- * silent for any time; `tee`: keep what is read for slotmigLoaderTeed(). NULL: no thread or no
- * descriptor could be had; the connection is then still the caller's. */
-slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int patient, int tee, void (*wake)(void*), void *arg) {
+ * silent for any time; `tee`: keep what is read for slotmigLoaderTeed(); `commands`: make them
+ * for each section; `file`: write it
+ * there, too, and call slotmigFileEnd(). NULL: no thread or no descriptor could be had; the
+ * connection is then still the caller's. */
+slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int patient, int tee, int commands, slotMigFile *file,
+                                  void (*wake)(void*), void *arg)
+{
     slotMigLoader *l = zcalloc(sizeof(*l));
     l->rdb.read = loaderRead;
     l->rdb.tell = loaderTell;
@@ -645,12 +735,12 @@ slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int pa
     l->slots = *slots;
     l->patient = patient;
     l->tee = tee;
+    l->commands = commands;
+    l->file = file;
     slotSetClear(&l->seen);
     slotRdbIndexInit(&l->index);
     l->idle_limit = server.repl_timeout*1000LL;
-    l->reader.vectorset = moduleTypeLookupModuleByName("vectorset");
-    if (l->reader.vectorset) l->reader.vectorset_id = l->reader.vectorset->id;
-    slotRdbCombineCrc(0,0,1);   /* fills a table that threads then only read */
+    slotmigReaderInit(&l->reader,1);
     pthread_mutex_init(&l->mutex,NULL);
     l->done = listCreate();
     l->wake = wake;
@@ -669,6 +759,7 @@ slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int pa
     connRebindEventLoop(conn,server.el);
     aeDeleteFileEvent(server.el,getReadEventFd(l->notifier),AE_READABLE);
 err:
+    if (file) slotmigFileEnd(file,0);
     if (l->notifier) freeEventNotifier(l->notifier);
     listRelease(l->done);
     zfree(l);
@@ -712,7 +803,7 @@ size_t slotmigLoaderMemory(slotMigLoader *l) {
 
 /* As the loader's thread would, for types that must be decoded here. */
 robj *slotmigDecodeValue(const slotMigRawValue *v, sds *error) {
-    rdbReader reader = { .on_main = 1 };
+    slotMigReader reader = { .on_main = 1, .validates = 1 };
     rio rdb;
     int code;
     rioInitWithBuffer(&rdb,v->bytes);
@@ -737,6 +828,14 @@ int slotmigLoaderState(slotMigLoader *l, const char **error, unsigned long long 
     return state;
 }
 
+/* Does its thread still read, whatever was taken of what it has read? */
+int slotmigLoaderRuns(slotMigLoader *l) {
+    pthread_mutex_lock(&l->mutex);
+    int runs = l->state == 0;
+    pthread_mutex_unlock(&l->mutex);
+    return runs;
+}
+
 /* On a bio thread: the loader's may be inside of a large value. */
 static void finishLoader(void *args[]) {
     slotMigLoader *l = args[0];
@@ -752,11 +851,26 @@ static void finishLoader(void *args[]) {
     zfree(l);
 }
 
+/* The thread is to end; what it has finished may still be taken. */
+void slotmigLoaderStop(slotMigLoader *l) {
+    atomicSet(l->stop,1);
+    slotmigLoaderCut(l);
+}
+
+/* Its connection ends. */
+void slotmigLoaderCut(slotMigLoader *l) {
+    shutdown(l->conn->fd,SHUT_RDWR);    /* wakes a read; not through TLS, whose state is the thread's */
+}
+
+/* Of one that failed: because its connection ended? */
+int slotmigLoaderLost(slotMigLoader *l) {
+    return l->lost;     /* written before the state was */
+}
+
 /* Stops the thread; what it holds is freed in the background. */
 void slotmigLoaderFree(slotMigLoader *l) {
     if (l == NULL) return;
-    atomicSet(l->stop,1);
-    shutdown(l->conn->fd,SHUT_RDWR);    /* wakes a read; not through TLS, whose state is the thread's */
+    slotmigLoaderStop(l);
     aeDeleteFileEvent(server.el,getReadEventFd(l->notifier),AE_READABLE);
     bioCreateLazyFreeJob(finishLoader,1,l);
 }

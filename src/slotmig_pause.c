@@ -6,9 +6,10 @@
  *                     clients that came early are released
  *   fsync             target: from then until nodes.conf is known to be on the
  *                     disk. Only TAKEN waits for it, no client
- *   hand-off          source: from the fence until TAKEN, less the target's
- *                     fsync. One clock measures it, so it has what lies between
- *                     the nodes too: no write waited longer for the two of them
+ *   hand-off          source: from the fence until TAKEN, less the time for which
+ *                     the target has served the slots by then (it waits for the
+ *                     disk and its replicas). One clock measures it, so it has what
+ *                     lies between the nodes too: no write waited longer for the two
  *
  * A histogram has what this node has measured: over all nodes each hand-off is in
  * each of them once. A job has the other node's numbers too, which come in COMMIT
@@ -75,11 +76,11 @@ void slotmigPauseDurable(slotMigJob *job) {
     record(SPAN_FSYNC,job->fsync_us);
 }
 
-void slotmigPauseTaken(slotMigJob *job, monotime fenced_at, uint64_t take_over_us, uint64_t fsync_us) {
+void slotmigPauseTaken(slotMigJob *job, monotime fenced_at, uint64_t take_over_us, uint64_t fsync_us, uint64_t served_us) {
     uint64_t all = since(fenced_at);
     job->take_over_us = take_over_us < all ? take_over_us : all;
     job->fsync_us = fsync_us < all ? fsync_us : all;
-    job->hand_off_us = all - job->fsync_us;
+    job->hand_off_us = all - (served_us < all ? served_us : all);
     record(SPAN_HAND_OFF,job->hand_off_us);
 }
 

@@ -1,19 +1,23 @@
-/* slotmig_record.c -- hand-offs that this node, or the master it may succeed, has
- * under way: what a restart and a promotion must not forget.
+/* slotmig_record.c -- jobs that this node, or the master it may succeed, has under way
+ * as their source: what a restart and a promotion must not forget.
  *
- * A record is job, target and slots. The source makes it before it fences, so that
- * nothing has to be written while writers wait: into nodes.conf, brought to the disk
- * by a bio thread, and to its replicas, which acknowledge it. It means: the slots may
- * have been handed over. It goes when the job ends, whichever way.
+ * A record is job, target and slots, in nodes.conf and on the replicas. There are two
+ * kinds. That there is a job: its successor goes on with it. It is made when the target
+ * accepts, and nobody waits for it. That a hand-off is near: the slots may have been
+ * handed over. The source makes that one of the other before it fences, so that nothing
+ * has to be written while writers wait: it is brought to the disk by a bio thread, and
+ * the replicas acknowledge it. A record goes when the job ends, whichever way.
  *
- * Whoever comes to be the master of the slots' lineage with a record (a source that
- * was restarted, a replica that was promoted) does not know how the hand-off ended.
+ * Whoever comes to be the master of the slots' lineage with a record of a job (a source
+ * that was restarted, a replica that was promoted) waits for the target to attach. With
+ * one of a hand-off it does not know how the hand-off ended.
  * It claims the slots, so that nobody else does, serves none of them, and asks the
  * target's shard: a job in state INHERITED. TAKEN: they go there. DISCARDED: they
  * are served here again.
  *
  *   nodes.conf, on upstream's line of variables, which another server skips:
  *     slotmig-handoff <job>:<target>:<ranges, comma between>
+ *     slotmig-job <job>:<target>:<ranges>
  *
  * Must never happen: a slot served while its record is unresolved.
  *
@@ -31,6 +35,7 @@
 
 typedef struct handoffRecord {
     char id[SLOTMIG_ID_LEN+1], target[CLUSTER_NAMELEN+1];
+    int handoff;
     slotSet slots;
 } handoffRecord;
 
@@ -47,12 +52,13 @@ static listNode *findRecord(const char *id) {
 }
 
 /* Not written to nodes.conf here. */
-static void putRecord(const char *id, const char *target, const slotSet *slots) {
+static void putRecord(const char *id, const char *target, const slotSet *slots, int handoff) {
     listNode *ln = findRecord(id);
     handoffRecord *r = ln ? listNodeValue(ln) : zcalloc(sizeof(*r));
     memcpy(r->id,id,SLOTMIG_ID_LEN);
     memcpy(r->target,target,CLUSTER_NAMELEN);
     r->slots = *slots;
+    r->handoff |= handoff;
     if (records == NULL) records = listCreate();
     if (ln == NULL) listAddNodeTail(records,r);
 }
@@ -85,9 +91,9 @@ void slotmigAskRecords(void) {
     while ((ln = listNext(&li)) != NULL) slotmigAnswerMaster(((handoffRecord*)listNodeValue(ln))->id,RELAY_RECORD,0,"");
 }
 
-void slotmigRecordPut(const char *id, const char *target, const slotSet *slots) {
+void slotmigRecordPut(const char *id, const char *target, const slotSet *slots, int handoff) {
     slotmigRecordsEnd(slots,id);
-    putRecord(id,target,slots);
+    putRecord(id,target,slots,handoff);
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 }
 
@@ -126,7 +132,7 @@ sds slotmigSaveRecords(sds conf) {
     while ((ln = listNext(&li)) != NULL) {
         handoffRecord *r = listNodeValue(ln);
         sds ranges = sdsmapchars(slotSetToString(&r->slots)," ",",",1);
-        conf = sdscatfmt(conf," slotmig-handoff %s:%s:%S",r->id,r->target,ranges);
+        conf = sdscatfmt(conf," slotmig-%s %s:%s:%S",r->handoff ? "handoff" : "job",r->id,r->target,ranges);
         sdsfree(ranges);
     }
     return conf;
@@ -147,7 +153,7 @@ int slotmigParseRanges(const char *p, slotSet *slots) {
     return 1;
 }
 
-void slotmigLoadRecord(const char *value) {
+void slotmigLoadRecord(const char *value, int handoff) {
     slotSet slots;
     size_t head = SLOTMIG_ID_LEN+1+CLUSTER_NAMELEN+1;
     if (strlen(value) <= head || value[SLOTMIG_ID_LEN] != ':' || value[head-1] != ':' ||
@@ -156,7 +162,7 @@ void slotmigLoadRecord(const char *value) {
         serverLog(LL_WARNING,"nodes.conf: the record of a slot migration is not understood and left out: %.100s",value);
         return;
     }
-    putRecord(value,value+SLOTMIG_ID_LEN+1,&slots);
+    putRecord(value,value+SLOTMIG_ID_LEN+1,&slots,handoff);
 }
 
 /* ---- a master with records that are not its own doing ---- */
@@ -171,17 +177,21 @@ void slotmigInherit(const char *how) {
         handoffRecord *r = listNodeValue(ln);
         slotMigJob *job = slotmigFindJob(r->id);
         if (job && !slotmigEnded(job)) continue;
-        slotmigSourceInherit(r->id,r->target,&r->slots,how);
+        if (r->handoff) slotmigSourceInherit(r->id,r->target,&r->slots,how);
+        else slotmigSourceResume(r->id,r->target,&r->slots,how);
     }
 }
 
+/* Of hand-offs: those whose slots are in doubt. */
 int slotmigRecordCovers(int slot) {
     listIter li;
     listNode *ln;
     if (records == NULL) return 0;
     listRewind(records,&li);
-    while ((ln = listNext(&li)) != NULL)
-        if (slotSetHas(&((handoffRecord*)listNodeValue(ln))->slots,slot)) return 1;
+    while ((ln = listNext(&li)) != NULL) {
+        handoffRecord *r = listNodeValue(ln);
+        if (r->handoff && slotSetHas(&r->slots,slot)) return 1;
+    }
     return 0;
 }
 
@@ -189,6 +199,17 @@ int slotmigAnyRecord(void) {
     return records && listLength(records);
 }
 
-int slotmigHasRecord(const char *id) {
-    return findRecord(id) != NULL;
+int slotmigAnyHandoff(void) {
+    listIter li;
+    listNode *ln;
+    if (records == NULL) return 0;
+    listRewind(records,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (((handoffRecord*)listNodeValue(ln))->handoff) return 1;
+    return 0;
+}
+
+int slotmigHasRecord(const char *id, int handoff) {
+    listNode *ln = findRecord(id);
+    return ln && (!handoff || ((handoffRecord*)listNodeValue(ln))->handoff);
 }

@@ -5,12 +5,15 @@
  *
  *   CLUSTER SLOTMIG RELAY <job> <seq> <word> ...
  *
- *   of a source   HANDOFF target ranges       make a record (slotmig_record.c)
+ *   of a source   JOB target ranges           make a record of the job (slotmig_record.c)
+ *                 HANDOFF target ranges       the same, and that a hand-off is near
  *                 END                         drop it, nothing was handed over
  *                 TRIM target epoch ranges    handed over: slot map, keys, record
- *   of a target   BEGIN source point keys ranges
+ *   of a target   BEGIN source replid point keys ranges
  *                 DATA bytes                  of the snapshot, as they came
  *                 OPS payload                 of FRAME_OPS, as it came
+ *                 AGAIN source replid agreed have   attached again, with these slots
+ *                 SNAPSHOT point keys         DATA of another one follows, of the rest
  *                 PREPARED n epoch source's-epoch
  *                 DISCARD n
  *                 TAKEOVER n epoch
@@ -21,9 +24,11 @@
  *
  *   REPLCONF SLOTMIG <node> <job> <word> <number> <text>
  *
- * told(word, number): it has done what the word asks for. LOST: it does not have the
- * job. RECORD: it has a record of this job; if there is none here it is told END. That it can do all this it says when it attaches, with its node's id:
- * REPLCONF capa slotmig:1:<node>. Other masters skip what they do not know.
+ * told(word, number): it has done what the word asks for. DATA and OPS: the bytes that
+ * it has taken in. LOADED: all sections are in its shadow. LOST: it does not have the
+ * job. RECORD: it has a record of this job; if there is none here it is told END. That
+ * it can do all this it says when it attaches, with its node's id: REPLCONF capa
+ * slotmig:1:<node>. Other masters skip what they do not know.
  *
  * What counts as told: by a replica that is connected. The bytes of DATA that no
  * replica has acknowledged yet are bounded (RELAY_WINDOW), so that an import neither
@@ -41,6 +46,7 @@
 
 #define RELAY_WINDOW_MIN (64*1024)
 #define RELAY_WINDOW_SHARE 4        /* of the backlog */
+#define SILENCE 1000                /* ms without a word of a replica that is behind */
 
 /* Who a connected replica is. */
 typedef struct replicaConn { uint64_t client; char node[CLUSTER_NAMELEN+1]; } replicaConn;
@@ -52,11 +58,13 @@ typedef struct toldReplica {
     char node[CLUSTER_NAMELEN+1];
     int lost;
     uint64_t client;                    /* on which it was told HANDOFF; another one may have lost the record */
+    uint64_t of;                        /* on which it said the other words: a copy of everything makes them void */
     uint64_t word[RELAY_WORDS];         /* highest number told, plus 1; 0: none */
+    mstime_t heard;
 } toldReplica;
 
 static const char *word_names[RELAY_WORDS] = {
-    "handoff","end","trim","begin","data","ops","prepared","discard","takeover","abort","lost","record"
+    "handoff","end","trim","begin","data","ops","prepared","discard","takeover","abort","job","again","snapshot","loaded","lost","record","copied"
 };
 
 /* ---- the master: who is there ---- */
@@ -151,13 +159,19 @@ sds slotmigCheckReplicas(void) {
 
 /* ---- the master: words ---- */
 
+/* A replica that is not here at the moment may come back and go on from the backlog. */
 static int feedable(void) {
-    return server.masterhost == NULL && slotmigHasReplicas();
+    return server.masterhost == NULL && (slotmigHasReplicas() || server.repl_backlog);
 }
 
-/* Takes the strings. To be called between execution units or inside of one. */
+/* Takes the strings. To be called between execution units or inside of one. A replica that
+ * runs another server would answer each word with an error, and may be set to die of that:
+ * while there is one nothing is said, and the others will have missed a word. */
 void slotmigRelay(slotMigJob *job, slotMigWord word, int n, sds *args) {
-    if (!feedable()) {
+    sds unpatched = NULL;
+    if (!feedable() || (unpatched = slotmigCheckReplicas()) != NULL) {
+        if (unpatched) job->relay_seq++;
+        sdsfree(unpatched);
         for (int i = 0; i < n; i++) sdsfree(args[i]);
         return;
     }
@@ -183,12 +197,12 @@ static sds name(const char *n) {
     return sdsnewlen(n,CLUSTER_NAMELEN);
 }
 
-static sds commaRanges(const slotSet *slots) {
+sds slotmigCommaRanges(const slotSet *slots) {
     return sdsmapchars(slotSetToString(slots)," ",",",1);
 }
 
 void slotmigRelayHandoff(slotMigJob *job) {
-    sds args[] = { name(job->peer), commaRanges(&job->slots) };
+    sds args[] = { name(job->peer), slotmigCommaRanges(&job->slots) };
     slotmigRelay(job,RELAY_HANDOFF,2,args);
 }
 
@@ -197,13 +211,32 @@ void slotmigRelayEnd(slotMigJob *job) {
 }
 
 void slotmigRelayTrim(slotMigJob *job) {
-    sds args[] = { name(job->peer), number(job->epoch), commaRanges(&job->slots) };
+    sds args[] = { name(job->peer), number(job->epoch), slotmigCommaRanges(&job->slots) };
     slotmigRelay(job,RELAY_TRIM,3,args);
 }
 
-void slotmigRelayBegin(slotMigJob *job, long long point) {
-    sds args[] = { name(job->peer), number(point), number(job->keys_total), commaRanges(&job->slots) };
-    slotmigRelay(job,RELAY_BEGIN,4,args);
+void slotmigRelayJob(slotMigJob *job) {
+    sds args[] = { name(job->peer), slotmigCommaRanges(&job->slots) };
+    slotmigRelay(job,RELAY_JOB,2,args);
+}
+
+void slotmigRelayBegin(slotMigJob *job, const char *replid, long long point) {
+    if (job->told) listRelease(job->told);      /* of an earlier beginning */
+    job->told = NULL;
+    job->relayed = 0;
+    sds args[] = { name(job->peer), sdsnew(replid), number(point), number(job->keys_total), slotmigCommaRanges(&job->slots) };
+    slotmigRelay(job,RELAY_BEGIN,5,args);
+}
+
+/* `agreed`: -1 is 0 here, nothing is older. */
+void slotmigRelayAgain(slotMigJob *job, const char *replid, long long agreed, const slotSet *have) {
+    sds args[] = { name(job->peer), sdsnew(replid), number(agreed < 0 ? 0 : agreed), slotmigCommaRanges(have) };
+    slotmigRelay(job,RELAY_AGAIN,4,args);
+}
+
+void slotmigRelaySnapshot(slotMigJob *job, long long point) {
+    sds args[] = { number(point), number(job->keys_total) };
+    slotmigRelay(job,RELAY_SNAPSHOT,2,args);
 }
 
 void slotmigRelayBytes(slotMigJob *job, slotMigWord word, const void *p, size_t len) {
@@ -215,6 +248,18 @@ void slotmigRelayBytes(slotMigJob *job, slotMigWord word, const void *p, size_t 
 void slotmigRelayAttempt(slotMigJob *job, slotMigWord word, uint64_t n, uint64_t epoch, uint64_t source_epoch) {
     sds args[] = { number(n), number(epoch), number(source_epoch) };
     slotmigRelay(job,word,3,args);
+}
+
+/* With the number of keys and expires: a replica that has others is not prepared. */
+void slotmigRelayPrepared(slotMigJob *job, uint64_t n, uint64_t source_epoch, unsigned long long keys, unsigned long long expires) {
+    sds args[] = { number(n), number(job->epoch), number(source_epoch), number(keys), number(expires) };
+    slotmigRelay(job,RELAY_PREPARED,5,args);
+}
+
+/* With the slots: who does not have them is to know which these are. */
+void slotmigRelayTakeOver(slotMigJob *job, uint64_t n) {
+    sds args[] = { number(n), number(job->epoch), slotmigCommaRanges(&job->slots) };
+    slotmigRelay(job,RELAY_TAKEOVER,3,args);
 }
 
 /* TAKEOVER or ABORT has just been said, or cannot be said to these replicas: they
@@ -248,8 +293,18 @@ static int isTold(slotMigJob *job, const char *node, slotMigWord word, uint64_t 
     toldReplica *t = findTold(job,node,0);
     client *c = onlineClient(node);
     if (word == RELAY_HANDOFF) return t && c && t->word[word] && t->client == c->id;
-    if (t && (!t->lost || word == RELAY_ABORT) && t->word[word] >= n+1 && isOnline(node)) return 1;
+    if (word == RELAY_JOB) return t && c && t->word[word] && t->client == c->id;
+    if (t && (!t->lost || word == RELAY_ABORT) && t->word[word] >= n+1 && c && t->of == c->id) return 1;
     return (word == RELAY_TAKEOVER || word == RELAY_ABORT) && hasCopiedSince(job,node);
+}
+
+/* They have to do it again. */
+void slotmigForgetTold(slotMigJob *job, slotMigWord word) {
+    listIter li;
+    listNode *ln;
+    if (job->told == NULL) return;
+    listRewind(job->told,&li);
+    while ((ln = listNext(&li)) != NULL) ((toldReplica*)listNodeValue(ln))->word[word] = 0;
 }
 
 /* How many connected replicas have done it? */
@@ -272,7 +327,8 @@ sds slotmigNotTold(slotMigJob *job, slotMigWord word, uint64_t n) {
         const char *node = r->name;
         if (nodeFailed(r) || isTold(job,node,word,n)) continue;
         toldReplica *t = findTold(job,node,0);
-        if (word == RELAY_ABORT && (t == NULL || t->word[RELAY_BEGIN] == 0)) continue;      /* never had it */
+        if ((word == RELAY_ABORT || word == RELAY_DISCARD) && (t == NULL || t->word[RELAY_BEGIN] == 0)) continue;  /* never had it */
+        if (word == RELAY_DISCARD && t->lost) continue;     /* nor any more */
         return slotmigNodeName(r);
     }
     return NULL;
@@ -302,9 +358,28 @@ int slotmigLostCount(slotMigJob *job) {
     return count;
 }
 
-/* Connected replicas that have got all of the snapshot that was relayed. */
-int slotmigHaveSnapshot(slotMigJob *job) {
-    return slotmigToldCount(job,RELAY_DATA,job->relayed);
+static int moreFirst(const void *a, const void *b) {
+    unsigned long long x = *(const unsigned long long*)a, y = *(const unsigned long long*)b;
+    return x > y ? -1 : x < y;
+}
+
+/* Of the stream, of which `sent` bytes were relayed: how much have so many of the
+ * connected replicas applied that have the whole snapshot? -1: there are not so many. */
+long long slotmigRelayApplied(slotMigJob *job, int wanted, unsigned long long sent) {
+    clusterNode *myself = server.cluster->myself;
+    unsigned long long *applied = zmalloc(sizeof(*applied)*(myself->numslaves+1));
+    int n = 0;
+    for (int i = 0; i < myself->numslaves; i++) {
+        const char *node = myself->slaves[i]->name;
+        if (!isTold(job,node,RELAY_LOADED,0)) continue;
+        toldReplica *t = findTold(job,node,0);
+        applied[n] = t->word[RELAY_OPS] ? t->word[RELAY_OPS]-1 : 0;
+        if (applied[n] == sent || mstime() - t->heard < SILENCE) n++;
+    }
+    qsort(applied,n,sizeof(*applied),moreFirst);
+    long long res = n >= wanted ? (long long)applied[wanted-1] : -1;
+    zfree(applied);
+    return res;
 }
 
 /* Bytes of the snapshot that may be relayed now. */
@@ -331,6 +406,32 @@ static void endRecord(const char *id) {
     slotmigRelay(&job,RELAY_END,0,NULL);
 }
 
+/* A replica has a job of which nothing is known here. */
+static void abortUnknown(const char *id) {
+    slotMigJob job = {0};
+    memcpy(job.id,id,SLOTMIG_ID_LEN);
+    slotmigRelay(&job,RELAY_ABORT,0,NULL);
+}
+
+/* A replica copied everything, and these slots of the job with it; its next word has the number
+ * `seq`. What it said before does not count. */
+static void gotCopied(slotMigJob *job, client *c, uint64_t seq, const char *ranges) {
+    slotSet slots;
+    if (slotmigEnded(job) || !slotmigParseRanges(ranges,&slots)) return;
+    toldReplica *t = findTold(job,nodeOfReplica(c),1);
+    t->heard = mstime();
+    if (t->of != c->id || t->lost) {
+        memset(t->word,0,sizeof(t->word));
+        t->lost = 0;
+        t->of = c->id;
+        t->word[RELAY_BEGIN] = 1;
+        serverLog(LL_NOTICE,"Slot migration %.8s: replica %.40s copied everything, with %d of %d slots",job->id,t->node,
+            slots.count,job->slots.count);
+    }
+    slotmigTargetShare(job,&slots,seq);
+    slotmigJobsSoon();
+}
+
 /* REPLCONF SLOTMIG node job word number text, from a replica. Never answered. */
 void slotmigReplicaWord(client *c) {
     unsigned long long n;
@@ -339,20 +440,32 @@ void slotmigReplicaWord(client *c) {
     if (node == NULL || strcmp(node,c->argv[2]->ptr) || sdslen(c->argv[3]->ptr) != SLOTMIG_ID_LEN) return;
     slotMigJob *job = slotmigFindJob(c->argv[3]->ptr);
     if (!strcasecmp(c->argv[4]->ptr,word_names[RELAY_RECORD])) {
-        if (!slotmigHasRecord(c->argv[3]->ptr)) endRecord(c->argv[3]->ptr);
+        if (!slotmigHasRecord(c->argv[3]->ptr,0)) endRecord(c->argv[3]->ptr);
+        return;
+    }
+    if (job == NULL && !strcasecmp(c->argv[4]->ptr,word_names[RELAY_OPS])) {
+        /* This node was restarted without the job, and the replica went on with its stream. */
+        if (clusterNodeIsMaster(server.cluster->myself)) abortUnknown(c->argv[3]->ptr);
         return;
     }
     if (job == NULL || !string2ull(c->argv[5]->ptr,&n)) return;
+    if (!strcasecmp(c->argv[4]->ptr,word_names[RELAY_COPIED])) {
+        gotCopied(job,c,n,c->argv[6]->ptr);
+        return;
+    }
     for (int w = 0; w < RELAY_WORDS; w++) {
         if (strcasecmp(word_names[w],c->argv[4]->ptr)) continue;
         toldReplica *t = findTold(job,node,1);
+        t->heard = mstime();
         if (w == RELAY_LOST) {
             t->lost = 1;
             serverLog(LL_NOTICE,"Slot migration %.8s: replica %.40s does not have it: %s",job->id,node,(char*)c->argv[6]->ptr);
         } else if (t->word[w] < n+1) {
             t->word[w] = n+1;
         }
-        if (w == RELAY_HANDOFF) t->client = c->id;
+        if (w == RELAY_HANDOFF || w == RELAY_JOB) t->client = c->id;
+        else t->of = c->id;
+        if (w == RELAY_BEGIN) t->lost = 0;
         slotmigJobsSoon();
         return;
     }
@@ -378,16 +491,73 @@ void slotmigAnswerMaster(const char *id, slotMigWord word, uint64_t n, const cha
 static void lost(const char *id, const char *why) {
     static char said[SLOTMIG_ID_LEN+1];     /* once is enough */
     static uint64_t said_to;
-    if (!strcmp(said,id) && server.master && said_to == server.master->id) return;
+    static mstime_t said_at;
+    if (!strcmp(said,id) && server.master && said_to == server.master->id && mstime() - said_at < SILENCE) return;
     memcpy(said,id,SLOTMIG_ID_LEN);
+    said_at = mstime();
     if (server.master) said_to = server.master->id;
     slotmigAnswerMaster(id,RELAY_LOST,0,why);
 }
 
+/* Slots that the master took over, and of which this replica has no copy until it has
+ * copied everything. Should it be promoted before, it claims them, but it would serve them
+ * without their keys: it does not, until the source, which still has the keys, has asked and
+ * has taken them back. */
+static slotSet lacking, unserved;
+static uint64_t lacking_of;     /* the client of that master's stream */
+int slotmig_unserved;           /* slots; a predictable branch for those who look up a slot */
+
+/* This node was promoted without the keys of these slots. */
+void slotmigDoNotServe(const slotSet *slots) {
+    int before = unserved.count;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
+        if (server.cluster->slots[j] == server.cluster->myself && !slotSetHas(&unserved,j)) slotSetAdd(&unserved,j);
+    slotmig_unserved = unserved.count;
+    if (unserved.count == before) return;
+    sds ranges = slotSetToString(&unserved);
+    serverLog(LL_WARNING,"Slot migration: this node's master took slots over of which it has no copy: it does not serve %.200s "
+        "until their source has taken them back. Should that be lost, too, CLUSTER SETSLOT slot NODE with this node's id serves them empty",ranges);
+    sdsfree(ranges);
+}
+
+int slotmigIsUnserved(int slot) {
+    return slotSetHas(&unserved,slot);
+}
+
+/* Somebody else's by now, or an operator has decided. */
+void slotmigServeSlot(int slot) {
+    if (!slotSetHas(&unserved,slot)) return;
+    slotSetRemove(&unserved,slot);
+    slotmig_unserved = unserved.count;
+}
+
+/* Each turn of the event loop. A copy of everything makes a new client: then the keys are here. */
+void slotmigLackingTurn(void) {
+    if (lacking.count && server.master && server.master->id != lacking_of) slotSetClear(&lacking);
+    for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1))
+        if (server.cluster->slots[j] != server.cluster->myself) slotmigServeSlot(j);
+}
+
+void slotmigHaveSlots(const slotSet *slots) {
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        if (slotSetHas(&lacking,j)) slotSetRemove(&lacking,j);
+        slotmigServeSlot(j);
+    }
+}
+
+/* This replica was promoted. */
+void slotmigLackingPromoted(void) {
+    slotmigDoNotServe(&lacking);
+    slotSetClear(&lacking);
+}
+
 /* This replica's data is not what the master's is from here on: copy all of it. */
-static void copyAnew(const char *id, const char *why) {
+static void copyAnew(const char *id, const slotSet *slots, const char *why) {
     serverLog(LL_WARNING,"Slot migration %.8s: %s: this replica synchronizes anew with its master",id,why);
     if (server.master == NULL) return;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
+        if (!slotSetHas(&lacking,j)) slotSetAdd(&lacking,j);
+    lacking_of = server.master->id;
     server.master->flags |= CLIENT_PROTOCOL_ERROR;      /* it is not to be cached */
     freeClientAsync(server.master);
 }
@@ -396,12 +566,17 @@ static void copyAnew(const char *id, const char *why) {
  * claim. Not in the middle of the master's own command. */
 static char follow[CLUSTER_NAMELEN];
 
+void slotmigFollow(const clusterNode *n) {
+    memcpy(follow,n->name,CLUSTER_NAMELEN);
+}
+
 void slotmigFollowSlots(void) {
     if (follow[0] == '\0') return;
     clusterNode *myself = server.cluster->myself, *target = clusterLookupNode(follow,CLUSTER_NAMELEN);
     follow[0] = '\0';
-    if (target == NULL || !clusterNodeIsMaster(target) || myself->slaveof == NULL || myself->slaveof->numslots) return;
-    serverLog(LL_NOTICE,"The master's last slot moved away. Reconfiguring myself as a replica of %.40s",target->name);
+    if (target == NULL || target == myself || !clusterNodeIsMaster(target)) return;
+    if (myself->slaveof ? myself->slaveof->numslots || slotmigTakes() : myself->numslots != 0) return;
+    serverLog(LL_NOTICE,"The last slot of this shard's old master moved away. Reconfiguring myself as a replica of %.40s",target->name);
     clusterSetMaster(target);
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE|CLUSTER_TODO_FSYNC_CONFIG);
 }
@@ -417,19 +592,20 @@ static void trimReplica(const char *id, clusterNode *target, uint64_t epoch, con
             clusterDelSlot(j);
             if (target) clusterAddSlot(target,j);
         }
+        slotmigSlotIsGiven(j);
         slotmigLimboTake(limbo,j);
     }
+    slotmigAofTurn();       /* before what is written to them next, if they come back */
     slotmigLimboFree(limbo);
     if (target && master && master->numslots == 0 && server.cluster_allow_replica_migration)
-        memcpy(follow,target->name,CLUSTER_NAMELEN);
+        slotmigFollow(target);
     slotmigRecordDrop(id);
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE);
-    if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
 }
 
 /* CLUSTER SLOTMIG RELAY job seq word ..., from the master. */
 void slotmigRelayed(client *c) {
-    unsigned long long seq, v[3] = {0};
+    unsigned long long seq, v[5] = {0};
     slotSet slots;
     int word, extra = c->argc-6;
     if (!(c->flags & CLIENT_MASTER)) {
@@ -443,9 +619,14 @@ void slotmigRelayed(client *c) {
     switch (word) {
     case RELAY_HANDOFF:
         if (extra != 2 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || !slotmigParseRanges(arg[1]->ptr,&slots)) return;
-        slotmigRecordPut(id,arg[0]->ptr,&slots);
+        slotmigRecordPut(id,arg[0]->ptr,&slots,1);
         if (slotmigFailPoint(FP_source_replica_told) == FAILPOINT_FAIL) return;
         slotmigAnswerMaster(id,RELAY_HANDOFF,0,"");
+        return;
+    case RELAY_JOB:
+        if (extra != 2 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || !slotmigParseRanges(arg[1]->ptr,&slots)) return;
+        slotmigRecordPut(id,arg[0]->ptr,&slots,0);
+        slotmigAnswerMaster(id,RELAY_JOB,0,"");
         return;
     case RELAY_END:
         slotmigRecordDrop(id);
@@ -458,9 +639,9 @@ void slotmigRelayed(client *c) {
         slotmigAnswerMaster(id,RELAY_TRIM,0,"");
         return;
     case RELAY_BEGIN:
-        if (extra != 4 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || !string2ull(arg[1]->ptr,v) || !string2ull(arg[2]->ptr,v+1) ||
-            !slotmigParseRanges(arg[3]->ptr,&slots)) return;
-        sds error = slotmigReplicaBegin(id,arg[0]->ptr,&slots,v[0],v[1],seq+1);
+        if (extra != 5 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || sdslen(arg[1]->ptr) != CONFIG_RUN_ID_SIZE ||
+            !string2ull(arg[2]->ptr,v) || !string2ull(arg[3]->ptr,v+1) || !slotmigParseRanges(arg[4]->ptr,&slots)) return;
+        sds error = slotmigReplicaBegin(id,arg[0]->ptr,arg[1]->ptr,&slots,v[0],v[1],seq+1);
         if (error) lost(id,error);
         else slotmigAnswerMaster(id,RELAY_BEGIN,0,"");
         sdsfree(error);
@@ -474,22 +655,35 @@ void slotmigRelayed(client *c) {
         job = NULL;
     }
     if (job) job->relay_seq++;
-    if (job == NULL && word == RELAY_TAKEOVER) copyAnew(id,"the master took slots over that this replica has no copy of");
+    if (job == NULL && word == RELAY_TAKEOVER && extra == 3 && slotmigParseRanges(arg[2]->ptr,&slots))
+        copyAnew(id,&slots,"the master took slots over that this replica has no copy of");
     if (job == NULL) {
         if (word == RELAY_ABORT) slotmigAnswerMaster(id,RELAY_ABORT,0,"");
         else lost(id,"it is not known there");
         return;
     }
-    for (int i = 0; i < extra && i < 3; i++)
-        if (word != RELAY_DATA && word != RELAY_OPS && word != RELAY_ABORT && !string2ull(arg[i]->ptr,v+i)) return;
+    if (word == RELAY_AGAIN) {
+        if (extra != 4 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || sdslen(arg[1]->ptr) != CONFIG_RUN_ID_SIZE ||
+            !string2ull(arg[2]->ptr,v) || !slotmigParseRanges(arg[3]->ptr,&slots)) return;
+        slotmigReplicaAgain(job,arg[0]->ptr,arg[1]->ptr,v[0],&slots);
+        return;
+    }
+    int numbers = word == RELAY_DATA || word == RELAY_OPS || word == RELAY_ABORT ? 0 : word == RELAY_TAKEOVER ? 2 : 5;
+    for (int i = 0; i < extra && i < numbers; i++)
+        if (!string2ull(arg[i]->ptr,v+i)) return;
     switch (word) {
     case RELAY_DATA: if (extra == 1) slotmigReplicaData(job,arg[0]->ptr,sdslen(arg[0]->ptr)); break;
     case RELAY_OPS: if (extra == 1) slotmigReplicaOps(job,arg[0]->ptr,sdslen(arg[0]->ptr)); break;
-    case RELAY_PREPARED: slotmigReplicaPrepare(job,v[0],v[1],v[2]); break;
-    case RELAY_DISCARD: slotmigReplicaDiscard(job,v[0]); break;
+    case RELAY_PREPARED: slotmigReplicaPrepare(job,v[0],v[1],v[2],v[3],v[4]); break;
+    case RELAY_DISCARD:
+        slotmigReplicaDiscard(job,v[0]);
+        slotmigAnswerMaster(id,RELAY_DISCARD,v[0],"");
+        break;
+    case RELAY_SNAPSHOT: slotmigReplicaSnapshot(job,v[0],v[1]); break;
     case RELAY_TAKEOVER:
+        slots = job->slots;
         if (slotmigReplicaTakeOver(job,v[0],v[1])) slotmigAnswerMaster(id,RELAY_TAKEOVER,v[0],"");
-        else copyAnew(id,"the master took slots over before this replica had all of them");
+        else copyAnew(id,&slots,"the master took slots over before this replica had all of them");
         break;
     case RELAY_ABORT:
         slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"at this replica's master: %s",extra ? (char*)arg[0]->ptr : ""));

@@ -74,7 +74,7 @@ redisDb *slotmigShadowDb(slotMigShadow *s) {
  * first loader starts; read-only from then on. */
 static dictType section_keys_type, section_expires_type;
 
-static void initSectionTypes(void) {
+void slotmigInitSections(void) {
     if (section_keys_type.hashFunction) return;
     section_expires_type = dbExpiresDictType;
     section_expires_type.resizeAllowed = NULL;
@@ -118,7 +118,6 @@ static void freeStoresInBackground(kvstore *keys, kvstore *expires, ebuckets fie
 #define LIMBO_UNLINK 4      /* modules' values that nobody saw: what they keep elsewhere goes */
 
 static slotMigLimbo *createLimbo(kvstore *keys, kvstore *expires, ebuckets field_expiry, int work);
-static int modulesListen(void);
 
 /* NULL when all are in use or draining: try again later. */
 slotMigShadow *slotmigShadowCreate(void) {
@@ -126,7 +125,6 @@ slotMigShadow *slotmigShadowCreate(void) {
     for (int i = 1; i < SHADOWS && s == NULL; i++)
         if (shadows[i].state == SHADOW_FREE) s = shadows+i;
     if (s == NULL) return NULL;
-    initSectionTypes();
     memset(&s->db,0,sizeof(s->db));
     createSlotStores(&s->db.keys,&s->db.expires);
     s->db.hexpires = ebCreate();
@@ -185,7 +183,7 @@ unsigned long long slotmigShadowMerge(slotMigShadow *s) {
 
 /* All its keys go, in the background. Clears their places in the shadow. */
 static void freeKeys(slotMigShadow *s) {
-    if (kvstoreSize(s->db.keys) && modulesListen())
+    if (kvstoreSize(s->db.keys) && slotmigModulesListen())
         slotmigLimboFree(createLimbo(s->db.keys,s->db.expires,s->db.hexpires,LIMBO_UNLINK));
     else
         freeStoresInBackground(s->db.keys,s->db.expires,s->db.hexpires);
@@ -197,6 +195,30 @@ static void freeKeys(slotMigShadow *s) {
 void slotmigShadowEmpty(slotMigShadow *s) {
     freeKeys(s);
     createSlotStores(&s->db.keys,&s->db.expires);
+}
+
+/* Some of its slots go. The number of their keys. Only where there are hashes with field
+ * TTLs, and other slots stay, this looks at each key. */
+unsigned long long slotmigShadowLose(slotMigShadow *s, const slotSet *slots) {
+    unsigned long long keys = 0;
+    kvstore *lost_keys, *lost_expires;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) keys += kvstoreDictSize(s->db.keys,j);
+    if (keys == 0) return 0;
+    if (keys == kvstoreSize(s->db.keys)) {
+        slotmigShadowEmpty(s);
+        return keys;
+    }
+    createSlotStores(&lost_keys,&lost_expires);
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        if (kvstoreDictSize(s->db.keys,j) == 0) continue;
+        kvstoreMoveDict(s->db.keys,j,lost_keys,j);
+        kvstoreMoveDict(s->db.expires,j,lost_expires,j);
+    }
+    slotMigLimbo *limbo = createLimbo(lost_keys,lost_expires,ebCreate(),
+        (s->db.hexpires ? LIMBO_FIELDS : 0) | (slotmigModulesListen() ? LIMBO_UNLINK : 0));
+    slotmigLimboStep(limbo,LLONG_MAX);      /* the shadow's own ebuckets has them, and may go any time */
+    slotmigLimboFree(limbo);
+    return keys;
 }
 
 void slotmigShadowDrop(slotMigShadow *s) {
@@ -272,13 +294,13 @@ struct slotMigLimbo {
 static list *limbos;        /* all that exist */
 static list *left_alone;    /* those of them that nobody else steps */
 
-/* Is there a module besides upstream's own vector sets, which keep nothing
+/* Is there a module besides upstream's own vector sets and TLS, which keep nothing
  * elsewhere and listen to nothing? */
-static int modulesListen(void) {
+int slotmigModulesListen(void) {
     sds text = genModulesInfoString(sdsempty());
     int found = 0;
     for (char *p = text; (p = strstr(p,"module:name=")) != NULL && !found; p++)
-        found = strncmp(p,"module:name=vectorset,",22) != 0;
+        found = strncmp(p,"module:name=vectorset,",22) != 0 && strncmp(p,"module:name=tls,",16) != 0;
     sdsfree(text);
     return found;
 }
@@ -300,7 +322,7 @@ static slotMigLimbo *createLimbo(kvstore *keys, kvstore *expires, ebuckets field
 slotMigLimbo *slotmigLimboCreate(void) {
     kvstore *keys, *expires;
     createSlotStores(&keys,&expires);
-    return createLimbo(keys,expires,ebCreate(),modulesListen() ? LIMBO_LEAVE : 0);
+    return createLimbo(keys,expires,ebCreate(),slotmigModulesListen() ? LIMBO_LEAVE : 0);
 }
 
 /* Take a slot out of database 0. The number of its keys. */
@@ -308,6 +330,7 @@ unsigned long long slotmigLimboTake(slotMigLimbo *limbo, int slot) {
     redisDb *db = server.db;
     unsigned long long keys = kvstoreDictSize(db->keys,slot);
     if (keys == 0) return 0;
+    slotmigAofSlotLeft(slot);
     kvstoreMoveDict(db->keys,slot,limbo->keys,slot);
     kvstoreMoveDict(db->expires,slot,limbo->expires,slot);
     if (db->hexpires || slotmigAnyShadowDraining()) limbo->work |= LIMBO_FIELDS;
@@ -384,6 +407,22 @@ void slotmigLimboFree(slotMigLimbo *limbo) {
     listDelNode(limbos,listSearchKey(limbos,limbo));
     freeStoresInBackground(limbo->keys,limbo->expires,limbo->field_expiry);
     zfree(limbo);
+}
+
+/* Slots that are dropped one after another: what a limbo takes to make and to free is
+ * for 16384 slots, so one takes all of a turn of the event loop. */
+static slotMigLimbo *dropped;
+
+unsigned long long slotmigDropSlot(int slot) {
+    if (dropped && kvstoreDictSize(dropped->keys,slot)) slotmigDroppedTurn();
+    if (dropped == NULL) dropped = slotmigLimboCreate();
+    return slotmigLimboTake(dropped,slot);
+}
+
+void slotmigDroppedTurn(void) {
+    slotMigLimbo *limbo = dropped;
+    dropped = NULL;
+    slotmigLimboFree(limbo);
 }
 
 static int drainLimbos(monotime until) {

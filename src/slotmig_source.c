@@ -1,9 +1,9 @@
 /* slotmig_source.c -- the source's side of a job.
  *
  *   OFFERED     a dial asks the target; CLUSTER MIGRATE-SLOTS waits for it
- *   WAITING     until both connections of the target are here and no other child
- *               process runs (there can be one at a time)
- *   SNAPSHOT    fork. The child writes the slots' sections to the snapshot's
+ *   WAITING     until the target takes it (it has a queue), both connections of the
+ *               target are here and no other child process runs (there can be one at a time)
+ *   SNAPSHOT    fork, once for all jobs that wait. The child writes the slots' sections to the snapshot's
  *               connection (slot_rdb.c); from the fork on slotmig_feed.c sends
  *               the writes on the stream
  *   STREAMING   the target said that it has all sections. When it lags less than
@@ -61,9 +61,15 @@
 
 #include "slotmig_job.h"
 #include "slot_rdb.h"
+#include <sys/mman.h>
 #include <sys/wait.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
 
 #define CHECK_PERIOD 10             /* ms between two looks at what must hold */
+#define MARK_BYTES (256*1024)       /* of the node's stream between two marks in the job's */
+#define CHILD_FAILURES 5            /* of the snapshot's child, until the job fails */
 #define ASK_PERIOD 200              /* ms between two questions to a silent target */
 #define RETRY_PERIOD 100            /* ms until the next attempt after a discarded one */
 #define RETRY_DOUBLINGS 6           /* of it, attempt by attempt */
@@ -84,9 +90,14 @@
 #define ALLOWANCE 20                /* ms of the pace that may be used at once */
 #define TELL_PERIOD 1000            /* ms between two tellings of replicas that do not answer */
 #define SILENCE 1000                /* ms without a word from the target that make a hand-off hopeless */
+#define QUEUE_PERIOD 100            /* ms between two questions to a target that is busy */
+#define FORK_PERIOD 1000            /* ms between two tries to fork, or to start a thread */
+#define OTHERS_TURN 2000            /* ms after a snapshot, at most, for which the next one waits for other children */
+#define WAIT_FOR_OTHERS 100         /* ms since they were asked for, within which other jobs get a place in the same snapshot */
 #define MODULE_WAIT 1000            /* ms for which writers wait for a module's command to end */
 #define ASK_ANYWAY 1000             /* ms after the commit when a link that seems alive is not trusted */
 #define HELD_BACK "HOLD or PAUSE came in the middle of the hand-off"
+#define EPOCH_CHANGED "this node's epoch changed during the hand-off"
 #define WROTE_BEHIND_FENCE "something wrote to the slots behind the fence"
 #define ESTIMATE_SAMPLES 64         /* keys looked at to guess the bytes of a job */
 #define ESTIMATE_EXACTLY (16*1024)  /* bytes of memory up to which a sample is written to nowhere to learn its size */
@@ -96,19 +107,34 @@
 /* upstream's, not declared in its headers */
 int RM_Fork(void (*done)(int exitcode, int bysignal, void *user_data), void *user_data);
 int RM_ExitFromChild(int retcode);
-int rdbSaveInfoAuxFields(rio *rdb, int rdbflags, rdbSaveInfo *rsi);
 const char *strChildType(int type);
 
 struct slotMigSource {
     slotMigDial *offer;             /* under way */
+    int queued;                     /* the target takes it when its turn comes */
     slotMigLink *stream;
     connection *snapshot;
     uint64_t stream_client, snapshot_client;    /* whose connections we take over, 0: none */
-    int child;                      /* pid, 0: none */
+    pid_t child;                    /* that sends its snapshot, perhaps others' too; 0: none */
+    int in_pass;                    /* number among those */
+    int by_thread;                  /* the saver takes this connection's snapshot, */
+    slotMigSaver *saver;            /* this one; NULL: not yet, or it is done */
+    slotSet left, large, modules;   /* slots not in the snapshot yet, of which nothing is streamed: to
+                                     * be taken by the saver, by a fork behind it, on the main thread */
+    slotRdbWriter *partial;         /* where that fork goes on */
+    int saver_at_end;
+    int child_failures;             /* how often it could not write, and no slot more arrived */
+    int had;                        /* slots that the target had when it came last */
     long long point;                /* stream offset of the snapshot */
+    int live;                       /* what is written is sent as it happens */
+    slotMigReplay *replay;          /* what was written before, is sent first; NULL: nothing */
+    int known;                      /* the target has said what it has */
+    slotSet have;                   /* that is: the sections that are there */
+    long long have_offset;          /* and the stream up to this; -1: nothing */
+    long long agreed;               /* up to which its history is ours, -1: it has to begin anew */
     int cut;                        /* CUT of this attempt is sent */
     int wrote;                      /* something wrote to the slots behind the cut */
-    int flushed;                    /* the keys were flushed, the stream does not tell of it yet */
+    int flushes;                    /* of the keys, of which the stream does not tell yet */
     size_t largest_unit;            /* bytes of the stream */
     double unit_bytes;              /* a unit's, on average */
     double allowance;               /* bytes that writers may stream now, below 0: they wait */
@@ -127,8 +153,9 @@ struct slotMigSource {
     slotMigDial *ask;
     mstime_t next_ask;
     uint64_t cut_epoch;             /* of ours, that CUT told */
-    mstime_t told_again;
-    int target_ready;               /* with as many replicas as are wanted */
+    long long marked;               /* offset that the target was told without a write */
+    mstime_t told_again, told_job;
+    int target_ready;               /* with what else it waits for: replicas, its epoch's echo */
     int recorded;                   /* nodes.conf with the job's record: 1: being written, 2: on the disk */
     char asked[CLUSTER_NAMELEN+1];  /* the node that `ask` goes to */
     int trim_slot;                  /* next to trim, -1: none is left */
@@ -141,6 +168,13 @@ static int fences;
 
 static void sourceFrame(slotMigJob *job, int type, frameReader *r);
 static void sourceClosed(slotMigJob *job, const char *why);
+static void interrupted(slotMigJob *job, const char *why);
+
+/* Bytes that wait to be sent. */
+size_t slotmigSourceMemory(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    return (s->stream ? slotmigLinkMemory(s->stream) : 0) + (s->saver ? slotmigSaverMemory(s->saver) : 0);
+}
 
 slotMigLink *slotmigSourceStream(slotMigJob *job) {
     return job->src ? job->src->stream : NULL;
@@ -149,8 +183,9 @@ slotMigLink *slotmigSourceStream(slotMigJob *job) {
 /* ---- what the hooks ask ---- */
 
 int slotmigSourceFollows(const slotMigJob *job) {
-    return job->role == SLOTMIG_SOURCE && job->src && job->src->stream && !job->src->doomed &&
-        (job->state == SLOTMIG_SNAPSHOT || job->state == SLOTMIG_STREAMING || job->state == SLOTMIG_FENCED);
+    /* A replica's commands are its master's, who feeds them itself, and of another place. */
+    return server.masterhost == NULL && job->role == SLOTMIG_SOURCE && job->src && job->src->live && job->src->stream &&
+        !job->src->doomed && job->state <= SLOTMIG_FENCED;
 }
 
 void slotmigSourceDoom(slotMigJob *job, sds error) {
@@ -186,6 +221,7 @@ static int mayWrite(client *c) {
 }
 
 int slotmigExpiryWaits(int slot) {
+    if (slot == -1 && slotmigFrozen()) return 1;
     return __builtin_expect(fences,0) && (slot == -1 || slotSetHas(&fenced,slot));
 }
 
@@ -197,6 +233,7 @@ int slotmigFieldExpiryWaits(robj *o) {
 
 /* Called for every command that is about to run, after redirections. */
 int slotmigMustWait(client *c, int may_replicate) {
+    if (slotmigFrozen() && slotmigFreezeMakesWait(c)) return 1;
     if ((!fences && !slowed.count) || !may_replicate) return 0;
     if (!mayWrite(c)) return 0;
     if (flushes(c)) return 0;
@@ -205,26 +242,44 @@ int slotmigMustWait(client *c, int may_replicate) {
 }
 
 clusterNode *slotmigSlotOwner(int slot, clusterNode *owner) {
-    if (closed.count == 0 || (owner && owner != server.cluster->myself) || !slotSetHas(&closed,slot)) return owner;
+    if (__builtin_expect(closed.count == 0 && slotmig_unserved == 0,1) || (owner && owner != server.cluster->myself)) return owner;
+    if (slotmig_unserved && slotmigIsUnserved(slot)) return NULL;   /* its keys are elsewhere, nobody here knows where */
+    if (!slotSetHas(&closed,slot)) return owner;
     slotMigJob *job = slotmigJobOfSlot(slot);
     if (job == NULL || job->state == SLOTMIG_INHERITED) return NULL;    /* nobody knows yet who serves it */
     return slotmigPeer(job);    /* forgotten: nobody */
 }
 
+int slotmigSourceInDoubt(void) {
+    return closed.count != 0 || slotmigAnyHandoff();
+}
+
 /* (A successor of its own shard is followed at once.) */
 int slotmigKeepsMaster(clusterNode *newmaster) {
-    if (closed.count == 0 && !slotmigAnyRecord()) return 0;
-    return !slotmigSameLineage(newmaster,server.cluster->myself->name);
+    if (!slotmigSourceInDoubt() && !slotmigTakes() && !slotmigAnyRecord()) return 0;
+    if (slotmigSameLineage(newmaster,server.cluster->myself->name)) return 0;
+    /* Not the one that took the last slots, when there is one that replaced this node. */
+    clusterNode *successor = server.cluster_allow_replica_migration ? slotmigSuccessor() : NULL;
+    if (successor) slotmigFollow(successor);
+    return successor || slotmigSourceInDoubt() || slotmigTakes();
 }
 
 /* This node's replica was promoted, resolved an inherited hand-off and so claims all
- * but its slots, before this node heard of the promotion. */
+ * but its slots, before this node heard of the promotion. What is in doubt is given up. */
 int slotmigIsReplaced(clusterNode *claimant) {
     clusterNode *myself = server.cluster->myself;
-    if (!clusterNodeIsMaster(myself) || !slotmigAnyRecord() || !slotmigSameLineage(claimant,myself->name)) return 0;
+    if (!clusterNodeIsMaster(myself) || !slotmigAnyHandoff() || !slotmigSameLineage(claimant,myself->name)) return 0;
     for (int j = 0; j < CLUSTER_SLOTS; j++)
         if (server.cluster->slots[j] == myself && !slotmigRecordCovers(j)) return 0;
+    for (int j = 0; j < CLUSTER_SLOTS; j++)
+        if (server.cluster->slots[j] == myself) clusterDelSlot(j);
     return 1;
+}
+
+/* A successor in the shard may have taken more slots over since, before its old master
+ * heard of it: it is followed all the same, or that would be a master without slots. */
+int slotmigSucceeds(clusterNode *newmaster, clusterNode *old) {
+    return slotmigSameLineage(newmaster,old->name);
 }
 
 /* Bound to the target, not to nobody: a slot of nobody would bring this node
@@ -337,7 +392,9 @@ static void measureRates(slotMigJob *job) {
     if (s->applied_at && now - s->applied_at < PACE_PERIOD*1000) return;
     if (s->applied_at) {
         double seconds = (now - s->applied_at)/1e6;
-        s->applied_rate += ((job->stream_applied - s->applied_then)/seconds - s->applied_rate)/4;
+        /* It may go back: when replicas begin to count. */
+        unsigned long long applied = job->stream_applied > s->applied_then ? job->stream_applied - s->applied_then : 0;
+        s->applied_rate += (applied/seconds - s->applied_rate)/4;
         s->streamed_rate += ((job->stream_bytes - s->streamed_then)/seconds - s->streamed_rate)/4;
     }
     s->applied_at = now;
@@ -404,11 +461,12 @@ static sds checkSlots(const slotSet *slots) {
         if (owner != server.cluster->myself)
             return owner ? sdscatprintf(sdsempty(),"slot %d is served by node %.40s: send the command there",j,owner->name)
                          : sdscatprintf(sdsempty(),"slot %d is not assigned: use CLUSTER ADDSLOTS at the target instead",j);
+        if (slotmigIsUnserved(j)) return sdscatprintf(sdsempty(),"slot %d is not served here: this node was promoted without its keys, see its log",j);
     }
     return NULL;
 }
 
-/* What must hold at the start and until the commit. NULL: it does. */
+/* What must hold at the start. NULL: it does. */
 static sds checkSource(const slotSet *slots, clusterNode *target) {
     /* The target first: that the cluster is down follows from its loss. */
     if (target == NULL) return sdsnew("the target is not known to this node any more");
@@ -417,7 +475,7 @@ static sds checkSource(const slotSet *slots, clusterNode *target) {
         sdsfree(name);
         return error;
     }
-    sds error = slotmigCheckNode();
+    sds error = slotmigCheckNode(0);
     if (error == NULL) error = checkSlots(slots);
     if (error == NULL && !clusterNodeIsMaster(target)) {
         sds name = slotmigNodeName(target);
@@ -427,11 +485,38 @@ static sds checkSource(const slotSet *slots, clusterNode *target) {
     return error;
 }
 
+/* And until the commit. *lost: the target cannot go on now, but may come again, or another
+ * one in its place. */
+static sds checkRunning(slotMigJob *job, const char **lost) {
+    clusterNode *target = slotmigPeer(job);
+    sds error;
+    *lost = NULL;
+    if (slotmigFailPoint(FP_source_overlooks) == FAILPOINT_PAUSE) return NULL;
+    error = slotmigCheckNode(1);
+    if (error == NULL) error = checkSlots(&job->slots);
+    if (error == NULL && target == NULL) error = sdsnew("the target is not known to this node any more");
+    if (error) return error;
+    if (nodeFailed(target)) {
+        *lost = "it is marked as failing";
+    } else if (!clusterNodeIsMaster(target)) {
+        *lost = "it is a replica now";
+        if (job->peer_empty || memcmp(target->shard_id,job->peer_shard,CLUSTER_NAMELEN)) {      /* not replaced: sent elsewhere */
+            sds name = slotmigNodeName(target);
+            error = sdscatprintf(sdsempty(),"the target %s is a replica: name its master",name);
+            sdsfree(name);
+        }
+    }
+    return error;
+}
+
 /* ---- OFFERED ---- */
 
 /* A guess at the bytes of the slots' RDB and at the memory that they take, from a
  * few keys, in time that does not depend on their number or size. */
-static void estimate(const slotSet *slots, unsigned long long keys, unsigned long long *bytes, unsigned long long *memory) {
+void slotmigEstimate(const slotSet *slots, unsigned long long *all_keys, unsigned long long *bytes, unsigned long long *memory) {
+    unsigned long long keys = 0;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) keys += kvstoreDictSize(server.db[0].keys,j);
+    *all_keys = keys;
     unsigned long long rdb = 0, mem = 0, seen = 0, step = keys/ESTIMATE_SAMPLES + 1, next = (unsigned long long)random() % step;
     int samples = 0, compression = server.rdb_compression;
     kvstore *kvs = server.db[0].keys;
@@ -454,117 +539,200 @@ static void estimate(const slotSet *slots, unsigned long long keys, unsigned lon
     *memory = samples ? mem*keys/samples : 0;
 }
 
-static void offerDone(connection *conn, const char *line, const char *error, void *arg) {
-    slotMigJob *job = arg;
-    job->src->offer = NULL;
-    if (conn) connClose(conn);
-    if (error == NULL && strcmp(line,"+OK")) error = "the answer is not one of this version";
-    if (error == NULL) {
-        if (job->state == SLOTMIG_OFFERED) slotmigSetState(job,SLOTMIG_WAITING,"for the target's connections");
-        slotmigRequestAnswered(job,NULL);
-        return;
-    }
-    clusterNode *target = slotmigPeer(job);
-    sds name = target ? slotmigNodeName(target) : sdsnew(job->peer), why;
+/* What a target has answered instead of OK, for people; the caller's. */
+sds slotmigRefusal(const char *node, const char *error) {
+    clusterNode *target = clusterLookupNode(node,CLUSTER_NAMELEN);
+    sds name = target ? slotmigNodeName(target) : sdsnewlen(node,CLUSTER_NAMELEN), why;
     if (strstr(error,"unknown subcommand"))
         why = sdscatprintf(sdsempty(),"the target %s runs a server that cannot take slots this way: upgrade it, or "
             "use redis-cli --cluster reshard",name);
     else
         why = sdscatprintf(sdsempty(),"the target %s refuses: %s",name,!strncmp(error,"ERR ",4) ? error+4 : error);
     sdsfree(name);
+    return why;
+}
+
+static void accepted(slotMigJob *job) {
+    slotmigRecordPut(job->id,job->peer,&job->slots,0);
+    slotmigRelayJob(job);
+}
+
+static void offerDone(connection *conn, const char *line, const char *error, void *arg) {
+    slotMigJob *job = arg;
+    job->src->offer = NULL;
+    if (conn) connClose(conn);
+    int others = 0, busy = error == NULL && sscanf(line,"+BUSY %d",&others) == 1, was_queued = job->src->queued;
+    if (error == NULL && !busy && strcmp(line,"+OK")) error = "the answer is not one of this version";
+    job->src->queued = busy;
+    if (busy) {
+        sds why = sdscatprintf(sdsempty(),"the target takes part in as many migrations as it can: %d other%s come%s before this one",
+            others,others == 1 ? "" : "s",others == 1 ? "s" : "");
+        job->interrupted_at = 0;
+        job->src->next_ask = mstime()+QUEUE_PERIOD;
+        if (job->state != SLOTMIG_OFFERED) {
+            slotmigSetReason(job,"%s",why);
+        } else {
+            accepted(job);
+            slotmigSetState(job,SLOTMIG_WAITING,why);
+            slotmigRequestAnswered(job,NULL);
+        }
+        sdsfree(why);
+        return;
+    }
+    if (was_queued && error == NULL) {
+        slotmigSetState(job,SLOTMIG_WAITING,"for the target's connections");
+        return;
+    }
+    if (was_queued && !job->interrupted_at) job->interrupted_at = mstime();
+    if (job->interrupted_at) {      /* it had lost the job, or could not be asked when its turn would come */
+        job->src->next_ask = mstime()+ASK_ANYWAY;
+        slotmigSetReason(job,error ? "the target does not take the slots again: %s" : "the target begins again%s",error ? error : "");
+        return;
+    }
+    if (error == NULL) {
+        accepted(job);
+        if (job->state == SLOTMIG_OFFERED) slotmigSetState(job,SLOTMIG_WAITING,"for the target's connections");
+        slotmigRequestAnswered(job,NULL);
+        return;
+    }
+    sds why = slotmigRefusal(job->peer,error);
     slotmigRequestAnswered(job,why);
     slotmigFail(job,SLOTMIG_FAILED,why);
 }
 
-/* A node that both gives and takes slots would raise its epoch while it still
- * claims slots that it has committed. NULL: none of its jobs has this role. */
-sds slotmigRefuseRole(slotMigRole role) {
-    listIter li;
-    listNode *ln;
-    listRewind(slotmig_jobs,&li);
-    while ((ln = listNext(&li)) != NULL) {
-        slotMigJob *job = listNodeValue(ln);
-        if (job->role == role)
-            return sdscatprintf(sdsempty(),"node %.40s is the %s of slot migration %s: wait for its end, a node cannot give "
-                "and take slots at the same time yet",server.cluster->myself->name,
-                role == SLOTMIG_SOURCE ? "source" : "target",job->id);
-    }
-    return NULL;
-}
-
-/* Checks, and makes the job that asks the target. NULL: *error tells why not. */
-slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, const struct slotMigControl *control, sds *error) {
+/* CLUSTER SLOTMIG OFFER protocol job source target keys bytes memory start end ... */
+static void sendOffer(slotMigJob *job, clusterNode *target) {
     unsigned long long memory;
-    if ((*error = checkSource(slots,target)) != NULL) return NULL;
-    if ((*error = slotmigRefuseRole(SLOTMIG_TARGET)) != NULL) return NULL;
-    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
-        slotMigJob *other = slotmigJobOfSlot(j);
-        if (other) {
-            *error = sdscatprintf(sdsempty(),"slot %d is in slot migration %s already",j,other->id);
-            return NULL;
-        }
-        if (server.cluster->migrating_slots_to[j] || server.cluster->importing_slots_from[j]) {
-            *error = sdscatprintf(sdsempty(),"slot %d is in a CLUSTER SETSLOT state: use CLUSTER SETSLOT %d STABLE first",j,j);
-            return NULL;
-        }
-    }
-    slotMigJob *job = slotmigCreateJob(SLOTMIG_SOURCE,NULL,slots,target->name);
-    job->src = zcalloc(sizeof(*job->src));
-    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
-        job->keys_total += kvstoreDictSize(server.db[0].keys,j);
-    estimate(slots,job->keys_total,&job->bytes_total,&memory);
-    job->control = *control;
-    job->peer_empty = target->numslots == 0;
-    slotmigSetReason(job,"asking the target");
-
-    /* CLUSTER SLOTMIG OFFER protocol job source target keys bytes memory start end ... */
     int argc = 0, room = 10;
     sds *argv = zmalloc(sizeof(sds)*room);
+    slotmigEstimate(&job->slots,&job->keys_total,&job->bytes_total,&memory);
     argv[argc++] = sdsnew("CLUSTER");
     argv[argc++] = sdsnew("SLOTMIG");
     argv[argc++] = sdsnew("OFFER");
     argv[argc++] = sdsfromlonglong(SLOTMIG_PROTOCOL);
     argv[argc++] = sdsnew(job->id);
     argv[argc++] = sdsnewlen(server.cluster->myself->name,CLUSTER_NAMELEN);
-    argv[argc++] = sdsnew(job->peer);
+    argv[argc++] = sdsnewlen(target->name,CLUSTER_NAMELEN);
     argv[argc++] = sdscatfmt(sdsempty(),"%U",job->keys_total);
     argv[argc++] = sdscatfmt(sdsempty(),"%U",job->bytes_total);
     argv[argc++] = sdscatfmt(sdsempty(),"%U",memory);
-    argv = slotmigRangeArgs(argv,&argc,slots);
+    argv = slotmigRangeArgs(argv,&argc,&job->slots);
     job->src->offer = slotmigDial(target,argc,argv,offerDone,job);
     zfree(argv);
+}
+
+/* What this node can check before it asks the target. NULL: it may be asked. */
+sds slotmigCheckStart(const slotSet *slots, clusterNode *target) {
+    sds error = checkSource(slots,target);
+    if (error) return error;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        slotMigJob *other = slotmigJobOfSlot(j);
+        if (other) {
+            return sdscatprintf(sdsempty(),"slot %d is in slot migration %s already",j,other->id);
+        }
+        if (server.cluster->migrating_slots_to[j] || server.cluster->importing_slots_from[j]) {
+            return sdscatprintf(sdsempty(),"slot %d is in a CLUSTER SETSLOT state: use CLUSTER SETSLOT %d STABLE first",j,j);
+        }
+    }
+    return NULL;
+}
+
+/* Checks, and makes the job that asks the target. NULL: *error tells why not. */
+slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, const struct slotMigControl *control, sds *error) {
+    if ((*error = slotmigCheckStart(slots,target)) != NULL) return NULL;
+    slotMigJob *job = slotmigCreateJob(SLOTMIG_SOURCE,NULL,slots,target->name);
+    job->src = zcalloc(sizeof(*job->src));
+    job->control = *control;
+    /* What was given with the command is a version of its own: the target knows it, too,
+     * should this node not remember. */
+    job->control.version = control->rate || control->paused || control->held || control->wait_replicas != -1 ||
+        control->timeout != -1;
+    job->peer_empty = target->numslots == 0;
+    slotmigSetReason(job,"asking the target");
+    sendOffer(job,target);
     return job;
 }
 
 /* ---- WAITING ---- */
 
-/* CLUSTER SLOTMIG ATTACH job what, from the target. The client is blocked until
- * its connection is taken over. NULL: ok. */
-sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what) {
+static int made_backlog;    /* for a job, there was none */
+
+/* A node without replicas is to be as it was before: a backlog costs each write. */
+void slotmigSourceBacklog(void) {
+    if (!made_backlog || slotmigKeepsBacklog()) return;
+    made_backlog = 0;
+    if (server.repl_backlog == NULL || listLength(server.slaves) || server.masterhost) return;
+    changeReplicationId();  /* its offset will not count any more */
+    clearReplicationId2();
+    freeReplicationBacklog();
+}
+
+/* Without replicas the replication offset only counts bytes when there is a backlog, and
+ * a new backlog has a new history. */
+static void needBacklog(void) {
+    if (server.repl_backlog) return;
+    changeReplicationId();
+    clearReplicationId2();
+    createReplicationBacklog();
+    made_backlog = 1;
+}
+
+int slotmigKeepsBacklog(void) {
+    listIter li;
+    listNode *ln;
+    if (slotmigAnyRecord()) return 1;       /* also on a replica, which may have to go on with it */
+    if (!slotmigActive()) return 0;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (((slotMigJob*)listNodeValue(ln))->role == SLOTMIG_SOURCE) return 1;
+    return 0;
+}
+
+long long slotmigBacklogSize(long long configured) {
+    return configured < slotmig_config.backlog_size && slotmigKeepsBacklog() ? slotmig_config.backlog_size : configured;
+}
+
+/* CLUSTER SLOTMIG ATTACH job stream node replid offset, or ATTACH job snapshot, from the
+ * target `node`: it has the stream up to `offset` of the history `replid` ("?": nothing).
+ * The client is blocked until its connection is taken over. NULL: ok. */
+sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what, const char *node, const char *replid, long long offset) {
     slotMigSource *s = job->src;
-    uint64_t *id;
-    if (job->role != SLOTMIG_SOURCE || job->state > SLOTMIG_WAITING)
-        return sdscatprintf(sdsempty(),"slot migration %s does not wait for connections",job->id);
+    uint64_t *id = NULL;
+    if (!clusterNodeIsMaster(server.cluster->myself)) return sdsnew("try again: this node is a replica now");
+    if (job->role != SLOTMIG_SOURCE || slotmigEnded(job))
+        return sdscatprintf(sdsempty(),"slot migration %s has ended: %s",job->id,job->last_error);
+    if (!slotmigCancellable(job)) return sdscatprintf(sdsempty(),"try again: its hand-off is in doubt (%s)",slotmig_state_names[job->state]);
     if (slotmigFailPoint(FP_source_before_attach) == FAILPOINT_FAIL) return sdsnew("fail point source_before_attach");
-    if (!strcasecmp(what,"stream") && !s->stream && !s->stream_client) id = &s->stream_client;
-    else if (!strcasecmp(what,"snapshot") && !s->snapshot && !s->snapshot_client) id = &s->snapshot_client;
-    else return sdscatprintf(sdsempty(),"slot migration %s has its connections already",job->id);
+    if (!strcasecmp(what,"stream")) {
+        if (strncmp(node,job->peer,CLUSTER_NAMELEN)) {
+            clusterNode *n = clusterLookupNode(node,CLUSTER_NAMELEN);
+            if (n == NULL || !slotmigSameLineage(n,job->peer) || slotmigLineageMaster(job->peer,0) != n)
+                return sdscatprintf(sdsempty(),"try again: node %.40s is not the target's successor as far as node %.40s knows",node,
+                    server.cluster->myself->name);
+        }
+        /* It has lost its connections, though we may not know yet. */
+        if (s->stream || s->stream_client) interrupted(job,"the target connects anew");
+        if (slotmigEnded(job)) return sdsnew(job->last_error);
+        memcpy(job->peer,node,CLUSTER_NAMELEN);
+        needBacklog();
+        s->agreed = slotmigAgreedOffset(replid,offset);
+        if (offset >= 0 && s->agreed == -1)
+            slotmigComesAnew(job,job->slots.count,"this node's replication backlog does not reach back to what the target has "
+                "(cluster-slot-migration-backlog-size)");
+        else if (offset == -1 && job->started)
+            slotmigComesAnew(job,job->slots.count,"the target has none of them any more");
+        s->known = 0;
+        id = &s->stream_client;
+    } else if (!strcasecmp(what,"snapshot") && s->stream && !s->snapshot && !s->snapshot_client) {
+        id = &s->snapshot_client;
+    } else {
+        return sdscatprintf(sdsempty(),"slot migration %s has its connections already",job->id);
+    }
     if (slotmigMayBlock(c)) {
         *id = c->id;
         slotmigBlockClient(c);
     }
     return NULL;
-}
-
-/* NULL: not yet, or (*id is 0 then) never. */
-static connection *takeConnection(uint64_t *id) {
-    client *c = slotmigBlockedClient(*id);
-    /* What it was answered before, to AUTH, goes first. */
-    if (c && clientHasPendingReplies(c) && writeToClient(c,0) == C_OK && clientHasPendingReplies(c))
-        return NULL;
-    c = slotmigBlockedClient(*id);
-    *id = 0;
-    return c ? slotmigStealConnection(c) : NULL;
 }
 
 void slotmigSourceBeforeSleep(void) {
@@ -575,16 +743,16 @@ void slotmigSourceBeforeSleep(void) {
         slotMigJob *job = listNodeValue(ln);
         slotMigSource *s = job->src;
         if (s == NULL) continue;
-        sds line = sdscatfmt(sdsempty(),"+SLOTMIG %i\r\n",SLOTMIG_PROTOCOL);
+        sds line = sdscatprintf(sdsempty(),"+SLOTMIG %d %.40s %lld\r\n",SLOTMIG_PROTOCOL,server.replid,s->agreed);
         if (s->stream_client) {
-            connection *conn = takeConnection(&s->stream_client);
+            connection *conn = slotmigTakeConnection(&s->stream_client);
             if (conn) {
                 s->stream = slotmigLinkCreate(conn,job,sourceFrame,sourceClosed);
                 slotmigLinkSendLine(s->stream,sdsdup(line));
-                if (job->control.version || job->control.held || job->control.rate || job->control.wait_replicas != -1) slotmigSendControl(job);
+                if (job->control.version) slotmigSendControl(job);
             }
         }
-        if (s->snapshot_client && (s->snapshot = takeConnection(&s->snapshot_client)) != NULL) {
+        if (s->snapshot_client && (s->snapshot = slotmigTakeConnection(&s->snapshot_client)) != NULL) {
             /* An empty socket takes a short line. */
             connWrite(s->snapshot,line,sdslen(line));
         }
@@ -594,8 +762,7 @@ void slotmigSourceBeforeSleep(void) {
 
 /* ---- SNAPSHOT: the child ---- */
 
-static int saveSlot(slotRdbWriter *w, int slot, int64_t point) {
-    redisDb *db = server.db;
+static int saveSlot(slotRdbWriter *w, redisDb *db, int slot, int64_t point) {
     unsigned long keys = kvstoreDictSize(db->keys,slot);
     int res = -1;
     if (keys == 0) return 0;
@@ -611,21 +778,20 @@ static int saveSlot(slotRdbWriter *w, int slot, int64_t point) {
         dismissObject(o,w->rdb->processed_bytes-before);    /* gives pages back, less to copy */
     }
     if (slotRdbSectionEnd(w) == -1) goto end;
-    if (slotmigFailPoint(FP_source_damages_section) == FAILPOINT_FAIL) w->section.crc ^= 1;
-    if (slotRdbWriteSectionAux(w,point) == -1) goto end;
+    if (slotmigFailPoint(FP_source_damages_section) == FAILPOINT_FAIL && slot >= slotmigFailPointAt(FP_source_damages_section)) w->section.crc ^= 1;
+    if (point != SLOTMIG_NO_POINT && slotRdbWriteSectionAux(w,point) == -1) goto end;
     res = 0;
 end:
     kvstoreReleaseDictIterator(it);
     return res;
 }
 
-/* For tests: what arrives is not what was written and summed. */
 static size_t (*write_undamaged)(rio *r, const void *buf, size_t len);
 
 static size_t writeDamaged(rio *r, const void *buf, size_t len) {
-    long long cut = slotmig_failpoint_at[FP_source_cuts_snapshot];
-    long long flip = slotmig_failpoint_at[FP_source_flips_byte] & ((1LL<<32)-1);    /* above: which bits, all if none */
-    int bits = slotmig_failpoint_at[FP_source_flips_byte] >> 32;
+    long long cut = slotmigFailPointAt(FP_source_cuts_snapshot);
+    long long flip = slotmigFailPointAt(FP_source_flips_byte) & ((1LL<<32)-1);      /* above: which bits, all if none */
+    int bits = slotmigFailPointAt(FP_source_flips_byte) >> 32;
     long long at = r->processed_bytes;      /* counts what went before */
     if (slotmigFailPoint(FP_source_cuts_snapshot) == FAILPOINT_FAIL && at + (long long)len > cut) {
         if (at >= cut) return 1;            /* gone, and nobody noticed */
@@ -640,132 +806,374 @@ static size_t writeDamaged(rio *r, const void *buf, size_t len) {
     return res;
 }
 
-/* Runs in the child. 0: all was written. */
+/* For tests, if their fail points are set by now: what arrives is not what was written and
+ * summed. The main thread or a child; then whoever writes to `r`, a connset. */
+void slotmigDamageWrites(rio *r) {
+    if (!slotmigFailPoint(FP_source_cuts_snapshot) && !slotmigFailPoint(FP_source_flips_byte)) return;
+    write_undamaged = r->write;
+    r->write = writeDamaged;
+}
+
+/* Sections of these slots of `db` and the RDB's end, in a child process: its pages are
+ * given back. Flushes the writer's rio. -1: a write error. */
+static int saveRest(slotRdbWriter *w, redisDb *db, const slotSet *slots, int64_t point) {
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        if (saveSlot(w,db,j,point) == -1) return -1;
+        if (slotmigFailPoint(FP_source_in_child) == FAILPOINT_FAIL) return -1;
+    }
+    return slotRdbWriteEnd(w);
+}
+
+/* The whole RDB of these slots of `db`, likewise. */
+int slotmigSaveSections(slotRdbWriter *w, redisDb *db, const slotSet *slots, int64_t point) {
+    unsigned long long keys = 0, expires = 0;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        keys += kvstoreDictSize(db->keys,j);
+        expires += kvstoreDictSize(db->expires,j);
+    }
+    if (slotRdbHead(w->rdb,keys,expires) == -1) return -1;
+    return saveRest(w,db,slots,point);
+}
+
+/* Runs in the child: the slots that the target does not have yet. 0: all was written. */
 static int saveSnapshot(slotMigJob *job, int64_t point) {
+    slotMigSource *s = job->src;
     rio rdb;
-    char magic[10];
     slotRdbWriter w;
-    uint64_t sum;
-    int res = 1;
-    unsigned long long expires = 0;
+    int res;
 
     slotmigLowerPriority();
     server.rdb_compression = 0;     /* costs more than a local network does */
     /* Idle times are kept under any policy, not only where eviction needs them. */
     if (!(server.maxmemory_policy & MAXMEMORY_FLAG_LFU)) server.maxmemory_policy |= MAXMEMORY_FLAG_LRU;
-    rioInitWithConnset(&rdb,&job->src->snapshot,1);
-    write_undamaged = rdb.write;
-    if (slotmig_failpoints[FP_source_cuts_snapshot] || slotmig_failpoints[FP_source_flips_byte]) rdb.write = writeDamaged;
+    rioInitWithConnset(&rdb,&s->snapshot,1);
+    slotmigDamageWrites(&rdb);
     rdb.update_cksum = rioGenericUpdateChecksum;
-    slotRdbWriterInit(&w,&rdb,0);
-    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
-        expires += kvstoreDictSize(server.db[0].expires,j);
-    snprintf(magic,sizeof(magic),"REDIS%04d",RDB_VERSION);
-    if (rdbWriteRaw(&rdb,magic,9) == -1) goto end;
-    if (rdbSaveInfoAuxFields(&rdb,0,NULL) == -1) goto end;
-    if (job->keys_total) {
-        if (rdbSaveType(&rdb,RDB_OPCODE_SELECTDB) == -1 || rdbSaveLen(&rdb,0) == -1) goto end;
-        if (rdbSaveType(&rdb,RDB_OPCODE_RESIZEDB) == -1 || rdbSaveLen(&rdb,job->keys_total) == -1 ||
-            rdbSaveLen(&rdb,expires) == -1) goto end;
+    if (s->partial) {
+        w = *s->partial;
+        slotRdbWriterResume(&w,&rdb);
+        res = saveRest(&w,server.db,&s->large,point);
+    } else {
+        slotRdbWriterInit(&w,&rdb,0);
+        slotSet slots = job->slots;
+        for (int j = slotSetNext(&s->have,0); j != -1; j = slotSetNext(&s->have,j+1)) slotSetRemove(&slots,j);
+        res = slotmigSaveSections(&w,server.db,&slots,point);
     }
-    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
-        if (saveSlot(&w,j,point) == -1) goto end;
-        if (slotmigFailPoint(FP_source_in_child) == FAILPOINT_FAIL) goto end;
-    }
-    if (slotRdbWriteIndex(&w) == -1) goto end;
-    if (rdbSaveType(&rdb,RDB_OPCODE_EOF) == -1) goto end;
-    sum = rdb.cksum;
-    memrev64ifbe(&sum);
-    if (rioWrite(&rdb,&sum,8) == 0 || rioFlush(&rdb) == 0) goto end;
-    res = 0;
-end:
     slotRdbWriterFree(&w);
     rioFreeConnset(&rdb);
     if (slotmigFailPoint(FP_source_in_child) == FAILPOINT_PAUSE) for (;;) pause();
     return res;
 }
 
-/* Whose snapshot the child sends. It may outlive its job, and its use: it ends
- * when it likes, nobody waits for it. NULL: there is none, or nobody cares. */
-static slotMigJob *child_owner;
+/* Several jobs' snapshots are of one moment: the node forks once, for all that wait. Its
+ * child forks again, once for each, so that none waits for another's target. How each
+ * ended is in memory that is shared with them. */
+#define PASS_MAX 16         /* jobs in one pass */
+enum { SENDING, SENT, NOT_SENT, ENDED_BY_SIGNAL };      /* and above: that signal */
+
+static pid_t child;         /* whose end is news, 0: none. A job's of before may still run: nobody waits for it */
+static volatile int *child_results;     /* [PASS_MAX] */
+static mstime_t last_snapshot;          /* when the last child to run was ours, or a backup's: its end; else 0 */
+static int waits_for_child;             /* has a job waited for one since others had their turn? */
+
+/* Runs in the child, or in its child. */
+static int sendSnapshot(slotMigJob *job, int64_t point) {
+    int res = saveSnapshot(job,point);
+    /* If anything is missing, the loader need not wait for it. */
+    shutdown(job->src->snapshot->fd,SHUT_WR);
+    child_results[job->src->in_pass] = res == 0 ? SENT : NOT_SENT;
+    return res;
+}
+
+/* Runs in the child. */
+static int sendSnapshots(slotMigJob **jobs, int n, int64_t point) {
+    pid_t pids[PASS_MAX], self = getpid();
+    UNUSED(self);
+    if (n == 1) return sendSnapshot(jobs[0],point);
+    for (int i = 0; i < n; i++) {
+        if ((pids[i] = fork()) == 0) {
+#ifdef __linux__
+            prctl(PR_SET_PDEATHSIG,SIGKILL);
+            if (getppid() != self) _exit(1);
+#endif
+            _exit(sendSnapshot(jobs[i],point));
+        }
+        if (pids[i] == -1) sendSnapshot(jobs[i],point);     /* one after the other, then */
+    }
+    for (int i = 0, status; i < n; i++) {
+        if (pids[i] == -1) continue;
+        while (waitpid(pids[i],&status,0) == -1 && errno == EINTR);
+        if (WIFSIGNALED(status)) child_results[i] = ENDED_BY_SIGNAL + WTERMSIG(status);
+    }
+    return 0;
+}
 
 static void childDone(int exitcode, int bysignal, void *unused) {
+    UNUSED(exitcode);
     UNUSED(unused);
-    slotMigJob *job = child_owner;
-    child_owner = NULL;
-    if (job == NULL) return;
-    slotMigSource *s = job->src;
-    s->child = 0;
-    if (job->state != SLOTMIG_SNAPSHOT) return;     /* the target has said that it has all of it */
-    if (exitcode == 0 && bysignal == 0) {
-        shutdown(s->snapshot->fd,SHUT_WR);      /* if anything is missing, the loader need not wait for it */
-        return;
-    }
-    slotmigFail(job,SLOTMIG_FAILED,bysignal ?
-        sdscatprintf(sdsempty(),"the snapshot's child process was ended by signal %d",bysignal) :
-        sdsnew("the snapshot's child process could not write to the target"));
-}
-
-static int made_backlog;    /* for a job, there was none */
-
-/* A node without replicas is to be as it was before: a backlog costs each write. */
-void slotmigSourceBacklog(void) {
+    pid_t pid = child;
     listIter li;
     listNode *ln;
-    if (!made_backlog) return;
+    child = 0;
+    last_snapshot = mstime();
     listRewind(slotmig_jobs,&li);
-    while ((ln = listNext(&li)) != NULL)
-        if (((slotMigJob*)listNodeValue(ln))->role == SLOTMIG_SOURCE) return;
-    made_backlog = 0;
-    if (server.repl_backlog == NULL || listLength(server.slaves) || server.masterhost) return;
-    changeReplicationId();  /* its offset will not count any more */
-    clearReplicationId2();
-    freeReplicationBacklog();
+    while (pid && (ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        slotMigSource *s = job->src;
+        if (s == NULL || s->child != pid) continue;
+        int result = child_results[s->in_pass];
+        s->child = 0;
+        if (job->state != SLOTMIG_SNAPSHOT || result == SENT) continue;     /* the target will say that it has all of it */
+        if (result > ENDED_BY_SIGNAL || bysignal)
+            slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the snapshot's child process was ended by signal %d",
+                bysignal ? bysignal : result-ENDED_BY_SIGNAL));
+        else if (s->child_failures++ == CHILD_FAILURES)
+            slotmigFail(job,SLOTMIG_FAILED,sdsnew("the snapshot's child process could not write to the target"));
+        else
+            interrupted(job,"the snapshot's child process could not write to the target");
+    }
 }
 
-static void startSnapshot(slotMigJob *job) {
-    slotMigSource *s = job->src;
-    slotMigWork was;
-    if (job->control.paused) {
-        slotmigSetReason(job,PAUSED,job->id);
-        return;
-    }
-    if (slotmigFailPoint(FP_source_before_fork) == FAILPOINT_PAUSE) {
-        slotmigSetReason(job,"paused before the fork");
-        return;
-    }
+static void dropPartial(slotMigSource *s) {
+    if (s->partial == NULL) return;
+    slotRdbWriterFree(s->partial);
+    zfree(s->partial);
+    s->partial = NULL;
+}
 
-    /* Without replicas the replication offset only counts bytes when there is a
-     * backlog, and a new backlog has a new history. */
-    if (server.repl_backlog == NULL) {
-        changeReplicationId();
-        clearReplicationId2();
-        createReplicationBacklog();
-        made_backlog = 1;
+/* A job's part of the pass is not wanted any more. Its process gets an error when it writes. */
+static void leavePass(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    pid_t pid = s->child;
+    if (s->saver) slotmigSaverFree(s->saver,NULL);
+    s->saver = NULL;
+    dropPartial(s);
+    listIter li;
+    listNode *ln;
+    job->src->child = 0;
+    if (pid == 0 || pid != child) return;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *other = listNodeValue(ln);
+        if (other->src && other->src->child == pid) return;
     }
+    child = 0;
+    kill(pid,SIGKILL);      /* upstream's cron collects it */
+}
+
+/* After a snapshot it is the others' turn: a BGSAVE, an AOF rewrite or a full
+ * synchronization that has waited starts within upstream's next crons. Which; NULL: none. */
+static const char *othersTurn(void) {
+    listIter li;
+    listNode *ln;
+    if (last_snapshot == 0 || mstime() - last_snapshot > OTHERS_TURN) return NULL;
+    if (server.aof_rewrite_scheduled) return "a rewrite of the append-only file";
+    if (server.rdb_bgsave_scheduled) return "a save";
+    for (int i = 0; i < server.saveparamslen; i++)
+        if (server.dirty >= server.saveparams[i].changes && server.unixtime - server.lastsave > server.saveparams[i].seconds) return "a save";
+    listRewind(server.slaves,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (((client*)listNodeValue(ln))->replstate == SLAVE_STATE_WAIT_BGSAVE_START) return "a full synchronization";
+    return NULL;
+}
+
+/* Does the saver's thread have done its part, and left slots that are too large for it? */
+static int waitsForFork(const slotMigJob *job) {
+    const slotMigSource *s = job->src;
+    return s && job->state == SLOTMIG_SNAPSHOT && s->by_thread && s->partial && s->large.count;
+}
+
+static int readyForSnapshot(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    if (s == NULL || !s->stream || !s->snapshot || !s->known || job->control.paused || mstime() < s->next_attempt) return 0;
+    return s->by_thread ? waitsForFork(job) : job->state == SLOTMIG_WAITING;
+}
+
+/* Other jobs were asked for together with this one, and their targets are about to come. */
+static int othersAreComing(void) {
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (job->src && (job->state == SLOTMIG_OFFERED || job->state == SLOTMIG_WAITING) && !readyForSnapshot(job) &&
+            !job->interrupted_at && !job->src->queued && !job->control.paused && mstime() - job->created < WAIT_FOR_OTHERS) return 1;
+    }
+    return 0;
+}
+
+static void beginSnapshot(slotMigJob *job) {
+    slotMigSource *s = job->src;
     s->point = server.master_repl_offset;
+    s->marked = s->have.count ? 0 : s->point;   /* 0: a mark follows, so that the next interruption does not lose this snapshot */
     job->keys_total = 0;
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1))
         job->keys_total += kvstoreDictSize(server.db[0].keys,j);
     connBlock(s->snapshot);
-    connSendTimeout(s->snapshot,0);     /* PAUSE may last; when the stream ends, the child is ended */
+}
 
-    was = slotmigWork(WORK_fork);
-    int pid = slotmigFailPoint(FP_source_before_fork) == FAILPOINT_FAIL ? -1 : RM_Fork(childDone,NULL);
-    if (pid == 0) RM_ExitFromChild(saveSnapshot(job,s->point));
-    slotmigWork(was);
-    if (pid == -1) {
-        slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"cannot fork the snapshot's child process: %s",strerror(errno)));
-        return;
-    }
-    s->child = pid;
-    child_owner = job;
-    job->started = mstime();
+static void announceSnapshot(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    if (!job->started) job->started = mstime();
     sds f = slotmigFrameStart(FRAME_SNAPSHOT);
     f = slotmigFrameInt(f,s->point,8);
     f = slotmigFrameInt(f,job->keys_total,8);
     slotmigLinkSend(s->stream,f);
+    if (s->replay == NULL) s->live = 1;
     slotmigSetState(job,SLOTMIG_SNAPSHOT,NULL);
+}
+
+/* There was neither a process nor a thread to be had: again in a while, until the time-out.
+ * Takes `why`. */
+static void noSnapshot(slotMigJob *job, sds why) {
+    job->src->next_attempt = mstime()+FORK_PERIOD;
+    if (mstime() - job->state_since >= slotmigTimeout(job)) {
+        slotmigFail(job,SLOTMIG_FAILED,why);
+    } else {
+        slotmigSetReason(job,"%s",why);
+        sdsfree(why);
+    }
+}
+
+/* Those that are ready, the oldest first. */
+static void startSnapshots(void) {
+    slotMigJob *jobs[PASS_MAX];
+    int n = 0;
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while (n < PASS_MAX && (ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        slotMigSource *s = job->src;
+        if (!readyForSnapshot(job)) continue;
+        if (slotmigFailPoint(FP_source_before_fork) == FAILPOINT_PAUSE) {
+            slotmigSetReason(job,"paused before the fork");
+            continue;
+        }
+        if (!s->partial) beginSnapshot(job);
+        connSendTimeout(s->snapshot,0);     /* PAUSE may last; when the stream ends, its process is ended */
+        s->in_pass = n;
+        jobs[n++] = job;
+    }
+    if (n == 0) return;
+    if (child_results == NULL) {
+        child_results = mmap(NULL,sizeof(int)*PASS_MAX,PROT_READ|PROT_WRITE,MAP_SHARED|MAP_ANONYMOUS,-1,0);
+        if (child_results == MAP_FAILED) child_results = NULL;
+    }
+    for (int i = 0; child_results && i < PASS_MAX; i++) child_results[i] = SENDING;
+
+    slotMigWork was = slotmigWork(WORK_fork);
+    int pid = !child_results || slotmigFailPoint(FP_source_before_fork) == FAILPOINT_FAIL ? -1 : RM_Fork(childDone,NULL);
+    if (pid == 0) RM_ExitFromChild(sendSnapshots(jobs,n,server.master_repl_offset));
+    int no_fork = errno;
+    slotmigWork(was);
+    if (pid != -1) child = pid;
+    for (int i = 0; i < n; i++) {
+        slotMigJob *job = jobs[i];
+        slotMigSource *s = job->src;
+        if (pid == -1) {
+            noSnapshot(job,sdscatprintf(sdsempty(),"cannot fork the snapshot's child process: %s",strerror(no_fork)));
+            continue;
+        }
+        s->child = pid;
+        if (s->partial) {
+            job->snapshot_by = "thread and fork";
+            sdsfree(job->forked);
+            job->forked = slotSetToString(&s->large);
+            slotSetClear(&s->large);    /* streamed from now on */
+            dropPartial(s);
+            slotmigSetReason(job,"%s","");
+        } else {
+            job->snapshot_by = "fork";
+            announceSnapshot(job);
+        }
+    }
+    if (pid != -1) serverLog(LL_NOTICE,"Slot migration: one snapshot for %d migration%s, by process %d",n,n == 1 ? "" : "s",pid);
+}
+
+/* ---- SNAPSHOT: the saver's thread ---- */
+
+/* Is what is written to this slot of the job sent, or will the snapshot contain it? */
+int slotmigSourceStreams(const slotMigJob *job, int slot) {
+    const slotMigSource *s = job->src;
+    return !slotSetHas(&s->left,slot) && !slotSetHas(&s->large,slot) && !slotSetHas(&s->modules,slot);
+}
+
+static void startSaver(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    if (slotmigFailPoint(FP_source_before_fork) == FAILPOINT_PAUSE) {
+        slotmigSetReason(job,"paused before the fork");
+        return;
+    }
+    beginSnapshot(job);
+    connSendTimeout(s->snapshot,0);
+    s->saver_at_end = 0;
+    s->saver = slotmigFailPoint(FP_source_before_fork) == FAILPOINT_FAIL ? NULL : slotmigSaverStart(s->snapshot,&s->left,slotmig_config.snapshot == SLOTMIG_SNAPSHOT_AUTO);
+    if (s->saver == NULL) {
+        noSnapshot(job,sdsnew("cannot start the snapshot's thread: the node is out of threads or descriptors"));
+        return;
+    }
+    job->snapshot_by = "thread";
+    announceSnapshot(job);
+}
+
+#define FEW_LARGE 16        /* slots that the thread tries once more, with more time, instead of a fork */
+
+/* The next batch, if the saver is through with the last one. */
+static void saverTurn(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    if (slotmigSaverState(s->saver) != 1 || s->saver_at_end) return;
+    slotmigSaverCollect(s->saver,&s->left,&s->large,&s->modules);
+    if (fences || job->control.paused || !slotmigMayFreeze() || slotmigFailPoint(FP_source_in_child) == FAILPOINT_PAUSE) return;
+    if (s->left.count + s->modules.count == 0 && s->large.count && s->large.count <= FEW_LARGE && slotmigSaverTakesLonger(s->saver)) {
+        s->left = s->large;
+        slotSetClear(&s->large);
+    }
+    if (s->left.count) {
+        slotmigSaverFreeze(s->saver,&s->left);
+    } else if (s->modules.count) {
+        int slot = slotSetNext(&s->modules,0);
+        slotSetRemove(&s->modules,slot);
+        if (!slotmigSaverTakesHere(s->saver,slot)) slotSetAdd(&s->large,slot);
+    } else {
+        s->saver_at_end = 1;
+        slotmigSaverEnd(s->saver,s->large.count != 0);
+    }
+    /* The target is to have the stream up to the points of its slots when it is interrupted. */
+    if (s->live && s->marked != server.master_repl_offset) {
+        s->marked = server.master_repl_offset;
+        slotmigFeedMark(job);
+        slotmigLinkFlush(s->stream);
+    }
+}
+
+/* At the end of a turn of the event loop: who waited for a thaw had its turn. */
+void slotmigFreezeTurn(void) {
+    listIter li;
+    listNode *ln;
+    if (slotmigMustNotExecute()) return;
+    slotMigWork was = slotmigWork(WORK_freeze);
+    slotmigThawedTurn();
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (job->src && job->src->saver) saverTurn(job);
+    }
+    slotmigWork(was);
+}
+
+static void saverStep(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    int state = slotmigSaverState(s->saver);
+    if (state == -1 || slotmigFailPoint(FP_source_in_child) == FAILPOINT_FAIL) {
+        const char *why = "the snapshot's thread could not write to the target";
+        if (s->child_failures++ == CHILD_FAILURES) slotmigFail(job,SLOTMIG_FAILED,sdsnew(why));
+        else interrupted(job,why);
+    } else if (state == 2) {
+        if (s->large.count) s->partial = zcalloc(sizeof(*s->partial));
+        slotmigSaverFree(s->saver,s->partial);
+        s->saver = NULL;
+    }
 }
 
 /* ---- FENCED ---- */
@@ -845,7 +1253,7 @@ static int handoffIsTold(slotMigJob *job) {
     slotMigSource *s = job->src;
     if (s->recorded == 0) {
         s->recorded = 1;
-        slotmigRecordPut(job->id,job->peer,&job->slots);
+        slotmigRecordPut(job->id,job->peer,&job->slots,1);
         clusterSaveConfigOrDie(0);
         slotmigConfigToDisk(job->id,recordedDurably);
         slotmigRelayHandoff(job);
@@ -900,13 +1308,21 @@ static void tryFence(slotMigJob *job) {
     }
     job->held_since = 0;
     if (mstime() < s->next_attempt) return;
+    if (slotmigRequestIsOpen(job)) {
+        slotmigSetReason(job,"not all targets of the same command have accepted yet");
+        return;
+    }
+    if (!s->live) {
+        slotmigSetReason(job,"the writes since the target was connected last are on their way");
+        return;
+    }
     if (slotmigFailPoint(FP_source_before_cut) == FAILPOINT_PAUSE) return;
     if (lag > allowedLag(job)) {
         if (job->writers_rate == -1) slotmigSetReason(job,"the target lags %llu bytes behind the writes",lag);
         return;
     }
     if (!s->target_ready) {
-        slotmigSetReason(job,"the target waits for its replicas: its CLUSTER SLOT-MIGRATIONS tells for how many");
+        slotmigSetReason(job,"the target is not ready yet: its CLUSTER SLOT-MIGRATIONS tells what it waits for");
         return;
     }
     if (behind(job) > BEHIND_MAX) {
@@ -921,6 +1337,10 @@ static void tryFence(slotMigJob *job) {
     }
     if (server.cluster->mf_end) {
         slotmigSetReason(job,"a manual failover is in progress");
+        return;
+    }
+    if (slotmigTakesOver()) {   /* which would raise our epoch in the middle of the attempt */
+        slotmigSetReason(job,"another migration takes slots over here");
         return;
     }
     if (isInsideYieldingLongCommand() || server.in_exec) return;
@@ -991,14 +1411,14 @@ static void redirectBlockedClients(slotMigJob *job) {
 
 /* Transactions that watch keys of the slots fail. Touching a key changes the
  * dict of watched keys, also elsewhere than at that key: names first. */
-static void touchWatchedKeys(slotMigJob *job) {
+void slotmigTouchWatchedKeys(const slotSet *slots) {
     list *keys = listCreate();
     listSetFreeMethod(keys,(void (*)(void*))decrRefCount);
     dictIterator *di = dictGetIterator(server.db[0].watched_keys);
     dictEntry *de;
     while ((de = dictNext(di)) != NULL) {
         robj *key = dictGetKey(de);
-        if (!slotSetHas(&job->slots,keyHashSlot(key->ptr,sdslen(key->ptr)))) continue;
+        if (!slotSetHas(slots,keyHashSlot(key->ptr,sdslen(key->ptr)))) continue;
         incrRefCount(key);
         listAddNodeTail(keys,key);
     }
@@ -1027,7 +1447,7 @@ static void commit(slotMigJob *job) {
     }
     /* Clients that cache keys of the slots, or watch them, hear of it. */
     if (server.tracking_clients) trackingInvalidateKeysOnFlush(1);
-    touchWatchedKeys(job);
+    slotmigTouchWatchedKeys(&job->slots);
     fenceDown(job);
     redirectBlockedClients(job);
 }
@@ -1050,16 +1470,17 @@ static void prepared(slotMigJob *job, frameReader *r) {
         discardAttempt(job,HELD_BACK);
         return;
     }
-    if (job->src->wrote || job->src->doomed || job->src->flushed) {
+    if (job->src->wrote || job->src->doomed || job->src->flushes) {
         discardAttempt(job,WROTE_BEHIND_FENCE);
         return;
     }
     if (epoch <= server.cluster->myself->configEpoch || s->cut_epoch != server.cluster->myself->configEpoch) {
-        discardAttempt(job,"this node's epoch changed during the hand-off");
+        discardAttempt(job,EPOCH_CHANGED);
         return;
     }
+    const char *lost;
     sds error = compareCounts(job,r);
-    if (error == NULL) error = checkSource(&job->slots,slotmigPeer(job));
+    if (error == NULL) error = checkRunning(job,&lost);
     if (r->bad) { sdsfree(error); return; }     /* the link ends */
     if (error) {
         slotmigFail(job,SLOTMIG_FAILED,error);
@@ -1067,6 +1488,7 @@ static void prepared(slotMigJob *job, frameReader *r) {
     }
     sds who = slotmigNotTold(job,RELAY_HANDOFF,0), why = NULL;
     if (who) why = sdscatprintf(sdsempty(),"replica %s does not know of the hand-off",who);
+    else if (lost) why = sdscatprintf(sdsempty(),"the target: %s",lost);
     else if (server.cluster->mf_end) why = sdsnew("a manual failover has begun");
     else slotmigFresh(&why);
     sdsfree(who);
@@ -1088,6 +1510,112 @@ static void releasePrepared(slotMigJob *job) {
     sdsfree(held);
 }
 
+/* ---- lost links ---- */
+
+/* One that attached, but whose connection was not taken over yet. */
+static void releaseClient(uint64_t *id) {
+    client *c = *id ? slotmigBlockedClient(*id) : NULL;
+    if (c) freeClientAsync(c);
+    *id = 0;
+}
+
+/* What exists for as long as the target is connected. */
+static void dropConnections(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    releaseClient(&s->stream_client);
+    releaseClient(&s->snapshot_client);
+    slotmigLinkFree(s->stream);
+    s->stream = NULL;
+    leavePass(job);
+    if (s->snapshot) {
+        shutdown(s->snapshot->fd,SHUT_RDWR);    /* its TLS state is the child's: say nothing through it */
+        connClose(s->snapshot);
+        s->snapshot = NULL;
+    }
+    slotmigReplayFree(s->replay);
+    s->replay = NULL;
+    s->live = 0;
+}
+
+/* Whatever it was told, the target will say what it has. */
+static void forgetTarget(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    dropConnections(job);
+    sdsfree(s->held_prepared);
+    s->held_prepared = NULL;
+    s->target_ready = s->known = s->cut = s->flushes = s->queued = 0;
+    s->next_attempt = 0;
+    job->interruptions++;
+    if (!job->interrupted_at) job->interrupted_at = mstime();
+}
+
+/* Before the commit, the target is not connected any more. It keeps what it has, comes
+ * again, and says from where to go on; an attempt ends. */
+static void interrupted(slotMigJob *job, const char *why) {
+    if (slotmigTimeout(job) == 0) {
+        slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the link to the target is lost: %s",why));
+        return;
+    }
+    sds reason = sdscatprintf(sdsempty(),"the link to the target is lost (%s): it has to come again",why);
+    if (job->state == SLOTMIG_FENCED) fenceDown(job);
+    endPace(job);
+    forgetTarget(job);
+    slotmigSetState(job,SLOTMIG_WAITING,reason);
+    sdsfree(reason);
+}
+
+/* HAVE: the target has this much. What was sent and did not arrive is as if it never was. */
+static void gotHave(slotMigJob *job, frameReader *r) {
+    slotMigSource *s = job->src;
+    long long offset = frameGetInt(r,8);
+    uint64_t bytes = frameGetInt(r,8), attempt = frameGetInt(r,8);
+    const char *bits = frameGetBytes(r,CLUSTER_SLOTS/8);
+    if (r->bad || s->known || offset > s->agreed) {
+        r->bad = 1;
+        return;
+    }
+    s->known = 1;
+    s->by_thread = slotmig_config.snapshot != SLOTMIG_SNAPSHOT_FORK;
+    slotSetClear(&s->left);
+    slotSetClear(&s->large);
+    slotSetClear(&s->modules);
+    if (job->attempt < attempt && attempt < UINT64_MAX/2) job->attempt = attempt;
+    s->have_offset = offset;
+    slotSetClear(&s->have);
+    for (int j = slotSetNext(&job->slots,0); offset >= 0 && j != -1; j = slotSetNext(&job->slots,j+1))
+        if (bits[j/8] >> (j%8) & 1) slotSetAdd(&s->have,j);
+    for (int j = slotSetNext(&job->slots,0); s->by_thread && j != -1; j = slotSetNext(&job->slots,j+1))
+        if (!slotSetHas(&s->have,j)) slotSetAdd(&s->left,j);
+    job->stream_bytes = job->stream_applied = s->streamed_then = s->applied_then = bytes;
+    s->next_sample = 0;
+    memset(s->streamed,0,sizeof(s->streamed));
+    if (offset >= 0) s->replay = slotmigReplayCreate(offset);
+    job->interrupted_at = 0;
+    if (s->have.count == job->slots.count) slotmigSetState(job,SLOTMIG_STREAMING,"the target goes on where it was");
+    else slotmigSetState(job,SLOTMIG_WAITING,"for the target's second connection");
+    if (s->have.count > s->had) s->child_failures = 0;
+    if (offset >= 0 && s->have.count < s->had)
+        slotmigComesAnew(job,s->had - s->have.count,"the target has them no more, or not as far as the two nodes agree");
+    s->had = s->have.count;
+    slotmigJobsSoon();
+}
+
+/* What was written since the target was connected last. A bit at a time, as it applies it. */
+static void replayStep(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    const char *error;
+    unsigned long long lag = job->stream_bytes - job->stream_applied;
+    if (s->replay == NULL || server.masterhost || lag > slotmig_config.buffer_limit/4) return;
+    slotMigWork was = slotmigWork(WORK_feed);
+    int res = slotmigReplayStep(s->replay,job,slotmigSliceEnd(),slotmig_config.buffer_limit/4,&error);
+    slotmigWork(was);
+    if (res == 0) return;
+    slotmigReplayFree(s->replay);
+    s->replay = NULL;
+    if (res == 1) s->live = 1;
+    else interrupted(job,error);
+}
+
 /* ---- slots that were given away ---- */
 
 /* After a hand-off a file of before it may still hold the slots' keys. nodes.conf
@@ -1095,9 +1623,10 @@ static void releasePrepared(slotMigJob *job) {
  * again, so that a restart drops such keys instead of keeping them for ever in
  * upstream's importing state. Another server skips the variable. */
 static slotSet given;
+static slotSet given_dropped;            /* at the start */
+static unsigned long long given_dropped_keys;
 
 sds slotmigSaveVars(sds conf) {
-    if (given.count == 0 && !slotmigAnyRecord()) return conf;
     sdsIncrLen(conf,-1);    /* behind upstream's variables, on the same line */
     if (given.count) {
         sds ranges = sdsmapchars(slotSetToString(&given)," ",",",1);
@@ -1109,8 +1638,8 @@ sds slotmigSaveVars(sds conf) {
 }
 
 int slotmigLoadVar(const char *name, const char *value) {
-    if (!strcasecmp(name,"slotmig-handoff")) {
-        slotmigLoadRecord(value);
+    if (!strcasecmp(name,"slotmig-handoff") || !strcasecmp(name,"slotmig-job")) {
+        slotmigLoadRecord(value,!strcasecmp(name,"slotmig-handoff"));
         return 1;
     }
     if (strcasecmp(name,"slotmig-given")) return 0;
@@ -1123,16 +1652,34 @@ void slotmigSlotIsOurs(int slot) {
     slotSetRemove(&given,slot);
 }
 
+/* A replica, by its master's word: it may be promoted, and restarted with such a file, too. */
+void slotmigSlotIsGiven(int slot) {
+    slotSetAdd(&given,slot);
+}
+
+/* Slots with keys are on their way back: TRIM had emptied them, and the old master alone
+ * heard of CLUSTER SETSLOT ... IMPORTING. */
+void slotmigGivenPromoted(void) {
+    for (int j = slotSetNext(&given,0); j != -1; j = slotSetNext(&given,j+1))
+        if (kvstoreDictSize(server.db[0].keys,j)) slotSetRemove(&given,j);
+}
+
 int slotmigDropsGivenSlot(int slot) {
     clusterNode *owner = server.cluster->slots[slot];
     if (slotmigRecordCovers(slot)) return 1;    /* not known yet whose they are */
     if (!slotSetHas(&given,slot) || owner == NULL || owner == server.cluster->myself) return 0;
-    slotMigLimbo *limbo = slotmigLimboCreate();
-    unsigned long long keys = slotmigLimboTake(limbo,slot);
-    slotmigLimboFree(limbo);
-    serverLog(LL_NOTICE,"Dropped %llu keys of slot %d, which this node handed over to node %.40s before it was restarted",
-        keys,slot,owner->name);
+    given_dropped_keys += slotmigDropSlot(slot);
+    slotSetAdd(&given_dropped,slot);
     return 1;
+}
+
+/* One line for all of them. */
+void slotmigGivenDropped(void) {
+    if (given_dropped.count == 0) return;
+    sds ranges = slotSetToString(&given_dropped);
+    serverLog(LL_NOTICE,"Dropped %llu keys of slots that this node handed over before it was restarted: %s",given_dropped_keys,ranges);
+    sdsfree(ranges);
+    slotSetClear(&given_dropped);
 }
 
 /* ---- COMMITTED ---- */
@@ -1140,12 +1687,11 @@ int slotmigDropsGivenSlot(int slot) {
 /* This node's data changed other than by commands, and not all who copy it were told:
  * they must take a new copy. */
 void slotmigDatasetChanged(void) {
-    if (listLength(server.slaves)) {
+    if (listLength(server.slaves) || server.repl_backlog) {     /* one may come back, and must not go on from the backlog */
         changeReplicationId();
         clearReplicationId2();
         disconnectSlaves();
     }
-    if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
 }
 
 /* The target has the slots, with this epoch. */
@@ -1189,7 +1735,7 @@ static void handOffDone(slotMigJob *job, uint64_t epoch) {
 /* The target will never take this attempt: the slots are ours again. Its claim
  * may have been seen by others before it died, so ours needs a higher epoch. Past
  * the commit only two words of the target end a job: TAKEN, and this. */
-static void takeBack(slotMigJob *job, const char *why) {
+static void takeBack(slotMigJob *job, const char *why, int go_on) {
     clusterNode *myself = server.cluster->myself;
     serverAssert(job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED);
     slotSetChange(&closed,&job->slots,0);
@@ -1213,7 +1759,16 @@ static void takeBack(slotMigJob *job, const char *why) {
         slotmigLimboTake(limbo,j);
     }
     slotmigLimboFree(limbo);
-    slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target did not take over: %s",why));
+    int all_ours = clusterNodeIsMaster(myself);
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) all_ours &= server.cluster->slots[j] == myself;
+    if (go_on && all_ours && slotmigTimeout(job)) {
+        forgetTarget(job);
+        sds reason = sdscatprintf(sdsempty(),"the target did not take over (%s): it has to come again",why);
+        slotmigSetState(job,SLOTMIG_WAITING,reason);
+        sdsfree(reason);
+    } else {
+        slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target did not take over: %s",why));
+    }
     unblockPostponedClients();
 }
 
@@ -1229,9 +1784,56 @@ void slotmigSourceInherit(const char *id, const char *target, const slotSet *slo
     slotmigSetState(job,SLOTMIG_INHERITED,how);
 }
 
+/* The same before any hand-off: the slots are served, and the target is to attach. */
+void slotmigSourceResume(const char *id, const char *target, const slotSet *slots, const char *how) {
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        if (server.cluster->slots[j] == server.cluster->myself) continue;
+        slotmigRecordDrop(id);
+        return;
+    }
+    slotMigJob *job = slotmigCreateJob(SLOTMIG_SOURCE,id,slots,target);
+    job->src = zcalloc(sizeof(*job->src));
+    job->interrupted_at = mstime();
+    job->interruptions = 1;
+    slotmigSetState(job,SLOTMIG_WAITING,how);
+}
+
+/* A node that takes slots raises its epoch, and with it would claim anew what may be
+ * another's by now. */
+sds slotmigInDoubt(void) {
+    listIter li;
+    listNode *ln;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (job->state == SLOTMIG_INHERITED)
+            return sdscatprintf(sdsempty(),"it does not know yet how slot migration %s ended, which it inherited: wait for its "
+                "end (CLUSTER SLOT-MIGRATIONS there tells what it waits for)",job->id);
+    }
+    return NULL;
+}
+
 /* For an operator who knows that the target will never take the slots. */
 void slotmigSourceForce(slotMigJob *job) {
-    takeBack(job,"taken back by force");
+    takeBack(job,"taken back by force",0);
+}
+
+/* The target, or who acts for it now, does not know the job: it was restarted. */
+static void offerAgain(slotMigJob *job) {
+    clusterNode *target = slotmigLineageMaster(job->peer,job->peer_empty);
+    if (job->src->offer || job->src->stream) return;
+    if (slotmigTimeout(job) == 0 || target == NULL || memcmp(target->shard_id,job->peer_shard,CLUSTER_NAMELEN) ||
+        (job->peer_empty && memcmp(target->name,job->peer,CLUSTER_NAMELEN)))
+    {
+        slotmigFail(job,SLOTMIG_FAILED,sdsnew("the target does not know the migration any more"));
+        return;
+    }
+    memcpy(job->peer,target->name,CLUSTER_NAMELEN);
+    if (!job->src->queued) {
+        if (!job->interrupted_at) job->interrupted_at = mstime();
+        slotmigSetReason(job,"the target has lost the job: it is offered again");
+    }
+    sendOffer(job,target);
 }
 
 static void askDone(connection *conn, const char *line, const char *error, void *arg) {
@@ -1243,8 +1845,10 @@ static void askDone(connection *conn, const char *line, const char *error, void 
     if (conn) connClose(conn);
     if (slotmigCancellable(job)) {
         /* It accepted, but does not come: does it still want to? */
-        if (error == NULL && !strncmp(line,"+DISCARDED",10))
+        if (error == NULL && !strncmp(line,"+DISCARDED ",11))
             slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target gave up:%s",line+10));
+        else if (error == NULL && !strcmp(line,"+DISCARDED") && job->state == SLOTMIG_WAITING)
+            offerAgain(job);
     }
     else if (job->state != SLOTMIG_COMMITTED && job->state != SLOTMIG_INHERITED) return;   /* its own word came first */
     else if (error) slotmigSetReason(job,"%s; asking the target whether it took over: %s",slotmig_state_names[job->state],error);
@@ -1255,7 +1859,7 @@ static void askDone(connection *conn, const char *line, const char *error, void 
     }
     else if (!strncmp(line,"+DISCARDED",10)) {
         sds why;
-        if (slotmigFresh(&why)) takeBack(job,line[10] == ' ' && line[11] ? line+11 : "it had lost the job");
+        if (slotmigFresh(&why)) takeBack(job,line[10] == ' ' && line[11] ? line+11 : "it had lost the job, or discards the attempt",!line[10]);
         else slotmigSetReason(job,"%s; the target discarded it, but %s",slotmig_state_names[job->state],why);
         sdsfree(why);
     }
@@ -1288,8 +1892,11 @@ sds slotmigSourceAnswer(slotMigJob *job) {
     if (job->state == SLOTMIG_INHERITED) return sdsnew("PENDING");
     /* The asker holds an attempt that we have not committed, and drops it on this
      * answer: so it must never be committed. */
-    if (slotmigCancellable(job)) slotmigFail(job,SLOTMIG_FAILED,sdsnew("the target lost its link in the middle of the hand-off"));
-    return sdsnew(slotmigHasRecord(job->id) ? "PENDING" : "DISCARDED");
+    if (slotmigCancellable(job)) {
+        if (job->state != SLOTMIG_WAITING) interrupted(job,"the target lost it in the middle of the hand-off");
+        if (!slotmigEnded(job)) return sdsnew("AGAIN");
+    }
+    return sdsnew(slotmigHasRecord(job->id,1) ? "PENDING" : "DISCARDED");
 }
 
 /* ---- TRIMMING ---- */
@@ -1299,9 +1906,14 @@ static void trimStep(slotMigJob *job) {
     monotime until = slotmigSliceEnd();
     int n = 0;
     if (slotmigFailPoint(FP_source_before_trim) == FAILPOINT_PAUSE) return;
-    while (s->trim_slot != -1 && clusterNodeIsMaster(server.cluster->myself)) {
+    while (s->trim_slot != -1) {    /* also when this node is a replica by now, whose master has done it */
         int slot = s->trim_slot = slotSetNext(&job->slots,s->trim_slot);
+        clusterNode *owner = slot == -1 ? NULL : server.cluster->slots[slot];
         if (slot == -1) break;
+        if (owner && slotmigSameLineage(owner,server.cluster->myself->name)) {      /* they came back */
+            s->trim_slot = slot+1;
+            continue;
+        }
         unsigned long long keys = slotmigLimboTake(s->limbo,slot);
         job->trimmed += keys;
         server.dirty += keys;
@@ -1312,12 +1924,11 @@ static void trimStep(slotMigJob *job) {
     slotmigRelayTrim(job);      /* again, for one that copied everything in the middle */
     sds cannot = slotmigCheckReplicas();
     if (cannot) slotmigDatasetChanged();
-    else if (server.aof_state != AOF_OFF) server.aof_rewrite_scheduled = 1;
     sdsfree(cannot);
     clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
     slotmigEndJob(job,SLOTMIG_DONE,NULL);
     /* As upstream does on seeing the claim of a node's last slot. */
-    if (target && clusterNodeIsMaster(myself) && myself->numslots == 0 &&
+    if (target && clusterNodeIsMaster(myself) && myself->numslots == 0 && !slotmigTakes() &&
         server.cluster_allow_replica_migration)
     {
         serverLog(LL_NOTICE,"The last slot moved away. Reconfiguring myself as a replica of %.40s",target->name);
@@ -1343,7 +1954,7 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
     case FRAME_ACK: {
         uint64_t keys = frameGetInt(r,8), bytes = frameGetInt(r,8), applied = frameGetInt(r,8);
         int complete = frameGetInt(r,1);
-        if (r->bad) return;
+        if (r->bad || !job->src->known) return;
         job->keys_done = keys;
         job->bytes_done = bytes;
         job->stream_applied = applied;
@@ -1351,6 +1962,7 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
         job->src->target_ready = complete == 2;
         if (complete && job->state == SLOTMIG_SNAPSHOT) {
             job->bytes_total = bytes;
+            job->keys_total = keys;
             slotmigSetState(job,SLOTMIG_STREAMING,NULL);
         }
         slotmigJobStep(job);
@@ -1365,10 +1977,14 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
     case FRAME_CONTROL:
         slotmigGotControl(job,r);
         break;
+    case FRAME_HAVE:
+        gotHave(job,r);
+        break;
     case FRAME_TAKEN: {
         uint64_t n = frameGetInt(r,8), epoch = frameGetInt(r,8), take_over_us = frameGetInt(r,8), fsync_us = frameGetInt(r,8);
+        uint64_t served_us = frameGetInt(r,8);
         if (r->bad || job->state != SLOTMIG_COMMITTED || n != job->attempt) return;
-        slotmigPauseTaken(job,job->src->fenced_at,take_over_us,fsync_us);
+        slotmigPauseTaken(job,job->src->fenced_at,take_over_us,fsync_us,served_us);
         handOffDone(job,epoch);
         break;
     }
@@ -1403,35 +2019,102 @@ static void sourceFrame(slotMigJob *job, int type, frameReader *r) {
 static void sourceClosed(slotMigJob *job, const char *why) {
     slotmigLinkFree(job->src->stream);
     job->src->stream = NULL;
-    if (slotmigCancellable(job)) {
-        slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the link to the target is lost: %s",why));
+    if (slotmigCancellable(job) && !strncmp(why,"the peer sent",13)) {      /* it would again */
+        slotmigFail(job,SLOTMIG_FAILED,sdsnew(why));
+    } else if (slotmigCancellable(job)) {
+        interrupted(job,why);
     } else {
         slotmigSetReason(job,"committed; the link to the target is lost: %s",why);
     }
 }
 
 void slotmigSourceFlushes(slotMigJob *job) {
-    if (slotmigSourceFollows(job)) job->src->flushed = 1;
+    if (job->src->live || job->src->replay) job->src->flushes++;
 }
 
 void slotmigSourceFlushFed(slotMigJob *job) {
-    job->src->flushed = 0;
+    if (job->src->flushes) job->src->flushes--;
     job->keys_total = job->keys_done = 0;
 }
 
 /* ---- the step ---- */
 
+/* 0, with the reason: not now. */
+static int mayFork(slotMigJob *job) {
+    const char *first;
+    if (hasActiveChildProcess()) {
+        int ours = server.child_type == CHILD_TYPE_MODULE && server.child_pid == child;
+        if (server.child_type != CHILD_TYPE_MODULE) last_snapshot = 0;
+        else if (child == 0) checkChildrenDone();       /* perhaps ours of before */
+        slotmigSetReason(job,"another child process runs (%s)",ours ? "a snapshot of slots" : strChildType(server.child_type));
+        waits_for_child = 1;
+    } else if (fences) {
+        slotmigSetReason(job,"another migration hands off");    /* a fork would make its writers wait */
+    } else if ((first = othersTurn()) != NULL) {
+        slotmigSetReason(job,"%s that has waited for the last snapshot comes first",first);
+    } else if (othersAreComing()) {
+        slotmigSetReason(job,"other migrations are about to start: one snapshot is for all");
+    } else {
+        return 1;
+    }
+    return 0;
+}
+
+/* The same for a backup, which is everybody's last: why not now, NULL: it may. */
+const char *slotmigBackupWaits(void) {
+    listIter li;
+    listNode *ln;
+    if (hasActiveChildProcess()) return "another child process runs";
+    if (fences) return "a migration hands off";
+    if (othersTurn()) return "a save, a rewrite of the append-only file or a full synchronization comes first";
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL)
+        if (readyForSnapshot(listNodeValue(ln))) return "a migration's snapshot comes first";
+    return NULL;
+}
+
+void slotmigBackupEnded(void) {
+    last_snapshot = mstime();
+}
+
+/* At the end of a turn, that of another child's end perhaps. In the next one a client may
+ * ask for the next save, before any timer. */
+void slotmigSourceAfterChild(void) {
+    listIter li;
+    listNode *ln;
+    if (!waits_for_child || hasActiveChildProcess() || slotmigMustNotExecute()) return;
+    waits_for_child = 0;
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        if (!readyForSnapshot(job)) continue;
+        if (mayFork(job)) startSnapshots();
+        break;
+    }
+}
+
 void slotmigSourceStep(slotMigJob *job) {
     slotMigSource *s = job->src;
     if (s->stream) slotmigLinkTick(s->stream);
     if (slotmigEnded(job)) return;
+    if (slotmigCancellable(job) && job->state != SLOTMIG_OFFERED && mstime() - s->told_job >= TELL_PERIOD) {
+        s->told_job = mstime();     /* replicas that came since */
+        sds who = slotmigNotTold(job,RELAY_JOB,0);
+        if (who) slotmigRelayJob(job);
+        sdsfree(who);
+    }
     if (slotmigCancellable(job)) {
         sds error = s->doomed ? sdsdup(s->doomed) : NULL;
         if (error == NULL && mstime() >= s->next_check) {
+            const char *lost;
             s->next_check = mstime()+CHECK_PERIOD;
-            error = checkSource(&job->slots,slotmigPeer(job));
+            error = checkRunning(job,&lost);
+            if (error == NULL && lost && job->state != SLOTMIG_OFFERED && (s->stream || !job->interrupted_at)) {
+                interrupted(job,lost);
+                return;
+            }
         }
-        if (error == NULL && s->flushed)
+        if (error == NULL && s->flushes && s->live)
             error = sdsnew("the node's keys were replaced in the middle, not by a command: start the migration again");
         if (error) {
             slotmigFail(job,SLOTMIG_FAILED,error);
@@ -1455,33 +2138,57 @@ void slotmigSourceStep(slotMigJob *job) {
         }
         growAllowance(job);
     }
+    replayStep(job);
+    if (slotmigSourceFollows(job) && job->state != SLOTMIG_FENCED && server.master_repl_offset - s->marked > MARK_BYTES) {
+        s->marked = server.master_repl_offset;
+        slotmigFeedMark(job);
+    }
     switch (job->state) {
     case SLOTMIG_WAITING:
-        if (!s->stream || !s->snapshot) {
-            if (mstime() - job->state_since > server.repl_timeout*1000LL)
+        if (s->queued) {
+            if (mstime() >= s->next_ask) offerAgain(job);
+        } else if (!s->stream || !s->snapshot || !s->known) {
+            if (job->interrupted_at && mstime() - job->interrupted_at > slotmigTimeout(job))
+                slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target did not come again within "
+                    "its time-out (cluster-slot-migration-timeout, TIMEOUT): %s",job->reason));
+            else if (!job->interrupted_at && mstime() - job->state_since > server.repl_timeout*1000LL)
                 slotmigFail(job,SLOTMIG_FAILED,sdsnew("the target did not connect within repl-timeout"));
             else
                 askTarget(job);
-        } else if (hasActiveChildProcess()) {
-            if (server.child_type == CHILD_TYPE_MODULE && child_owner == NULL) checkChildrenDone();   /* perhaps ours of before */
-            slotmigSetReason(job,"another child process runs (%s)",strChildType(server.child_type));
-        } else if (fences) {
-            slotmigSetReason(job,"another migration hands off");    /* a fork would make its writers wait */
+        } else if (job->control.paused) {
+            slotmigSetReason(job,PAUSED,job->id);
+        } else if (mstime() < s->next_attempt) {
+            break;      /* the reason stands there */
+        } else if (!s->by_thread) {
+            if (mayFork(job)) startSnapshots();
+        } else if (s->replay) {
+            slotmigSetReason(job,"the writes since the target was connected last come first");
         } else {
-            startSnapshot(job);
+            startSaver(job);
         }
         break;
     case SLOTMIG_SNAPSHOT:
         if (job->control.paused) slotmigSetReason(job,PAUSED,job->id);
+        else if (waitsForFork(job)) {
+            if (mstime() >= s->next_attempt && mayFork(job)) startSnapshots();
+            break;
+        }
         else if (job->writers_rate == -1 && sdslen(job->reason)) slotmigSetReason(job,"%s","");
-        if (s->child && s->child == server.child_pid) checkChildrenDone();  /* its end is news; may end the job */
+        if (s->saver) saverStep(job);
+        else if (s->child && s->child == server.child_pid) checkChildrenDone();  /* its end is news; may end the job */
         break;
     case SLOTMIG_STREAMING:
+        if (s->saver && (slotmigSaverState(s->saver) == 2 || slotmigSaverState(s->saver) == -1)) {
+            slotmigSaverFree(s->saver,NULL);    /* the target was faster than the thread's end */
+            s->saver = NULL;
+        }
         tryFence(job);
         break;
     case SLOTMIG_FENCED:
         if ((long long)(getMonotonicUs() - s->fenced_at) > slotmig_config.write_pause_timeout*1000)
             discardAttempt(job,"the target was not prepared within cluster-slot-migration-write-pause-timeout");
+        else if (s->cut && s->cut_epoch != server.cluster->myself->configEpoch)
+            discardAttempt(job,EPOCH_CHANGED);
         else if (job->control.held || job->control.paused)
             discardAttempt(job,HELD_BACK);
         else if (server.cluster->mf_end)
@@ -1516,12 +2223,6 @@ void slotmigSourceStep(slotMigJob *job) {
     }
 }
 
-/* One that attached, but whose connection was not taken over yet. */
-static void releaseClient(uint64_t id) {
-    client *c = id ? slotmigBlockedClient(id) : NULL;
-    if (c) freeClientAsync(c);
-}
-
 void slotmigSourceFree(slotMigJob *job) {
     slotMigSource *s = job->src;
     endPace(job);
@@ -1531,7 +2232,7 @@ void slotmigSourceFree(slotMigJob *job) {
         if (slotSetHas(&fenced,first)) fenceDown(job);
         if (slotSetHas(&closed,first)) slotSetChange(&closed,&job->slots,0);
     }
-    if (s->recorded && clusterNodeIsMaster(server.cluster->myself)) {    /* a replica hears the end from its master */
+    if (slotmigHasRecord(job->id,0) && clusterNodeIsMaster(server.cluster->myself)) {   /* a replica hears the end from its master */
         slotmigRecordDrop(job->id);
         slotmigRelayEnd(job);
     }
@@ -1540,21 +2241,12 @@ void slotmigSourceFree(slotMigJob *job) {
         slotmigRequestAnswered(job,job->last_error);
     }
     slotmigDialCancel(s->ask);
-    releaseClient(s->stream_client);
-    releaseClient(s->snapshot_client);
-    if (s->stream && job->last_error && sdslen(job->last_error)) {
+    /* From a replica it is no word: the job goes on at the node that replaced it. */
+    if (s->stream && job->last_error && sdslen(job->last_error) && clusterNodeIsMaster(server.cluster->myself)) {
         sds f = slotmigFrameInt(slotmigFrameStart(FRAME_ABORT),job->state == SLOTMIG_CANCELLED,1);
         slotmigLinkSend(s->stream,sdscatsds(f,job->last_error));
     }
-    slotmigLinkFree(s->stream);
-    if (child_owner == job) {
-        child_owner = NULL;
-        kill(s->child,SIGKILL);     /* upstream's cron collects it */
-    }
-    if (s->snapshot) {
-        shutdown(s->snapshot->fd,SHUT_RDWR);    /* its TLS state is the child's: say nothing through it */
-        connClose(s->snapshot);
-    }
+    dropConnections(job);
     slotmigLimboFree(s->limbo);
     sdsfree(s->held_prepared);
     sdsfree(s->doomed);

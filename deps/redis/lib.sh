@@ -33,6 +33,14 @@ sha256() { sha256sum "$1" | cut -d ' ' -f 1; }
 # fact NAME FILE: the rest of the line of FILE that begins with NAME.
 fact() { awk -v name="$1" '$1 == name { sub(/^[^ ]+ */, ""); print; exit }' "$2"; }
 
+# tarball BUILD FACT: the file that was fetched to BUILD; where BUILD was since moved or
+# copied, the one in its download directory.
+tarball() (
+    file=$(fact "$2" "$1/state/fetched")
+    [ -z "$file" ] || [ -f "$file" ] || file=$1/download/${file##*/}
+    printf '%s\n' "$file"
+)
+
 # The patches of our series, in order; and the files that a patch owns.
 series() { sed -e 's/#.*//' -e 's/[ 	]*$//' -e '/^$/d' "$here/patches/series"; }
 patch_files() { sed -e '/^--- /,$d' -n -e 's/^Files:[ 	]*//p' "$1" | tr -s ' \t' '\n\n' | sed '/^$/d'; }
@@ -95,6 +103,7 @@ relative() (
 # tests look for them; links that lost their file go, with what was made of it.
 place_ours() {
     place "$1" "$2" src src '*.[ch]'
+    place "$1" "$2" src src 'OPERATING.md'
     place "$1" "$2" src/commands src/commands '*.json'
     place "$1" "$2" tests/unit/cluster/slot-migration tests/unit/cluster/slot-migration '*.tcl'
     place "$1" "$2" tests/support tests/support 'slot_migration.tcl'

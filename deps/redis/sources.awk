@@ -1,13 +1,13 @@
 # Derive source entries for Debian's suites from the machine's own apt entries.
 #
-# usage: awk -v suites="sid forky" -v out=DIRECTORY -f sources.awk FILE...
+# usage: awk -v suites="sid forky" -v out=DIRECTORY [-v type=deb] -f sources.awk FILE...
 #
 # FILEs are the machine's *.list (one line an entry) and *.sources (deb822).
 # An entry is Debian's if it names a suite that Debian has and the component
 # main; all others are other vendors' and are passed over. (What only looks like
 # Debian's is found out by fetch, from the Origin in its signed Release file.)
 # For each wanted suite and each address, one file appears in DIRECTORY, named
-# NN-SUITE.list or NN-SUITE.sources, of type deb-src, with the options of the
+# NN-SUITE.list or NN-SUITE.sources, of type deb-src (or of -v type), with the options of the
 # entry it came from: its keys, above all. Suites *-security take the addresses
 # of the machine's security entries, all others those of its other entries.
 
@@ -16,6 +16,7 @@ BEGIN {
               "buster|bullseye|bookworm|trixie|forky|duke)"
     debian = "^" release "(-updates|-security|-backports|-backports-sloppy|-proposed-updates|/updates)?$"
     wanted = split(suites, suite, " ")
+    if (type == "") type = "deb-src"
 }
 
 FNR == 1 { flush() }
@@ -91,7 +92,7 @@ function offer(uri, names, comps, kind, options,    name, n, i, main, plain, sec
 }
 
 function put(file, uri, name, kind, options) {
-    if (kind == "list") printf "deb-src %s%s %s main\n", options, uri, name > file
-    else printf "Types: deb-src\nURIs: %s\nSuites: %s\nComponents: main\n%s", uri, name, options > file
+    if (kind == "list") printf "%s %s%s %s main\n", type, options, uri, name > file
+    else printf "Types: %s\nURIs: %s\nSuites: %s\nComponents: main\n%s", type, uri, name, options > file
     close(file)
 }
