@@ -5,8 +5,8 @@
 # key of the slots (slots_dump), the cluster as each node sees it
 # (wait_cluster_agrees), what a node holds of the system (wait_no_leftovers).
 #
-# Run as a program it is what start_writers, start_pipeliners and with_forwarders
-# put beside the test.
+# Run as a program it is what start_writers, start_pipeliners, with_forwarders and
+# with_asker put beside the test.
 
 # ---- keys of a given slot ----
 
@@ -72,16 +72,22 @@ proc internal {n args} {
 
 # `at` is for points that have a place, such as an offset in the snapshot.
 proc failpoint {n name action {at 0}} {
-    assert_equal OK [internal $n cluster slotmig failpoint $name $action $at]
+    set c [connect $n]      ;# the node's other one may wait for something
+    set failed [catch {$c debug slotmig failpoint $name $action $at} reply]
+    $c close
+    if {$failed} {error $reply}
 }
 
+# How often a fail point was reached since it was set.
+proc reached {n name} {R $n debug slotmig failpoint $name}
+
 set ::failpoint_names {
-    source_before_attach source_before_fork source_in_child source_before_cut
+    source_before_attach source_before_fork source_in_child source_in_freeze source_in_filler source_overlooks source_before_cut
     source_before_commit source_after_commit source_before_trim
     source_damages_section source_cuts_snapshot source_flips_byte source_repeats_command source_drops_command
     target_before_accept target_before_load target_before_section
     target_before_apply target_before_prepared target_prepared target_before_takeover
-    target_after_takeover
+    target_after_takeover source_replica_told target_replica_prepared target_replica_takeover target_cuts_links link_is_lost
 }
 
 proc failpoints_off {n} {
@@ -448,11 +454,27 @@ proc with_config {settings body} {
         }
         uplevel 1 $body
     } error options]
+    # What failed may have left a node that stands still.
+    if {$failed} {foreach pid [node_pids] {catch {exec kill -CONT $pid}}}
     foreach setting $undo {
         lassign $setting n name value
         R $n config set $name $value
     }
     if {$failed} {return -options $options $error}
+}
+
+# Build one of upstream's test modules, with these edits, and load it.
+proc load_test_module {n name edits} {
+    set source [open tests/modules/$name.c]
+    set text [read $source]
+    close $source
+    set dir [file normalize [tmpdir $name]]
+    set changed [open $dir/$name.c w]
+    puts $changed [string map $edits $text]
+    close $changed
+    exec cc -shared -fPIC -I tests/modules/../../src -o $dir/$name.so $dir/$name.c
+    catch {R $n module unload $name}
+    R $n module load $dir/$name.so
 }
 
 # ---- restarts ----
@@ -485,7 +507,98 @@ proc start_node_again {n} {
     restart_server -$n true false
 }
 
+# The same as the program `which`, ours or vanilla, that ::runs(n) then names.
+proc restart_as {n which} {
+    set program [dict get {ours src/redis-server vanilla ../vanilla/src/redis-server} $which]
+    if {![file executable $program]} {fail "no server at [file normalize $program]: run make vanilla"}
+    set body [info body spawn_server]
+    proc spawn_server {config_file stdout stderr args} [string map [list "list src/redis-server" "list $program"] $body]
+    set failed [catch {restart_server -$n true false} error options]
+    proc spawn_server {config_file stdout stderr args} $body
+    if {$failed} {return -options $options $error}
+    set ::runs($n) $which
+    assert_equal [expr {$which eq "ours"}] [expr {![catch {R $n cluster slot-migrations}]}]
+}
+
+# ---- files of keys ----
+
+proc dump_file {n} {
+    file join [lindex [R $n config get dir] 1] dump.rdb
+}
+
+proc read_file {name} {
+    set fd [open $name rb]
+    set bytes [read $fd]
+    close $fd
+    return $bytes
+}
+
+proc write_file {name bytes} {
+    set fd [open $name wb]
+    puts -nonewline $fd $bytes
+    close $fd
+}
+
+# Run a program that ends by itself: its exit status, or the signal's name, and its output.
+proc run {args} {
+    set failed [catch {exec {*}$args 2>@1} output options]
+    if {!$failed} {return [list 0 $output]}
+    set code [dict get $options -errorcode]
+    if {[lindex $code 0] ni {CHILDSTATUS CHILDKILLED}} {return [list $code $output]}
+    list [lindex $code 2] [regsub {\nchild (process exited abnormally|killed:.*)$} $output ""]
+}
+
+proc check_slots {file args} {
+    run src/redis-check-rdb --slots $file {*}$args
+}
+
+# What a good file says: a dict of slot to {keys expires bytes offset}.
+proc slots_in_file {file} {
+    lassign [check_slots $file] status output
+    if {$status ne 0} {fail "$file: status $status: [string range $output end-300 end]"}
+    set slots {}
+    foreach {- slot keys expires bytes offset} [regexp -all -inline -line {^ *(\d+) +(\d+) +(\d+) +(\d+) +(\d+)$} $output] {
+        dict set slots $slot [list $keys $expires $bytes $offset]
+    }
+    return $slots
+}
+
+# A node of its own that is to end because of this file: its exit status and what it says.
+proc start_with {file args} {
+    set port [find_available_port $::baseport $::portcount]
+    run timeout -s KILL 60 src/redis-server --port $port --cluster-enabled yes \
+        --cluster-config-file [file normalize [file dirname $file]/nodes-of-damaged.conf] --dir [file dirname $file] \
+        --dbfilename [file tail $file] --save {} --appendonly no --sanitize-dump-payload yes --cluster-slot-load-threads 2 {*}$args
+}
+
+proc start_random {} {
+    set seed [expr {[info exists ::env(SLOTMIG_SEED)] ? $::env(SLOTMIG_SEED) : 7}]
+    expr {srand($seed)}
+    return $seed
+}
+
+# One to four of the last `size` bytes are others.
+proc damage {bytes size} {
+    for {set j [expr {int(rand()*4)}]} {$j >= 0} {incr j -1} {
+        set at [expr {int([string length $bytes]-1-rand()*min($size,[string length $bytes]))}]
+        set bytes [string replace $bytes $at $at [binary format c [expr {int(rand()*256)}]]]
+    }
+    return $bytes
+}
+
 # ---- one key of each kind ----
+
+# A few keys of each kind in two slots and a lone one: some hundred bytes.
+proc fill_few {n} {
+    set r [Rn $n]
+    $r set [key_in 5 s] value
+    $r set [key_in 5 i] 12345 px 100000000
+    $r rpush [key_in 5 l] a 1 b
+    $r zadd [key_in 6 z] 1 a 2.5 b
+    $r hset [key_in 6 hx] f v g w
+    $r hpexpireat [key_in 6 hx] 4000000000000 fields 1 f
+    $r set [key_in 16383 last] yes
+}
 
 # Every core type in every encoding, in this slot. `big`: values of megabytes too.
 proc fill_all_types {n slot {big 0}} {
@@ -588,16 +701,20 @@ proc fill_strings {n slots count {size 20}} {
 # ---- writers whose acknowledged writes are counted ----
 
 # Start `count` processes that write to keys of these slots, each to its own
-# keys, and follow redirections. A handle for stop_writers.
-proc start_writers {count slots} {
+# keys, and follow redirections. A handle for stop_writers. With `mortal`, a node
+# that may die or -1, they take their time, and what that node has acknowledged
+# counts only when its replica has it, too.
+proc start_writers {count slots {mortal ""}} {
     set tags {}
     foreach slot $slots {lappend tags [slot_tag $slot]}
     set ports {}
     for {set n 0} {$n < [llength $::servers]} {incr n} {lappend ports [node_port $n]}
+    set slow {}
+    if {$mortal ne ""} {set slow [expr {$mortal == -1 ? 0 : [node_port $mortal]}]}
     set handle {}
     for {set i 0} {$i < $count} {incr i} {
         set file [tmpfile writer]
-        set pid [exec [info nameofexecutable] tests/support/slot_migration.tcl writer $file [pid] $i $::tls $ports $tags >& $file.log &]
+        set pid [exec [info nameofexecutable] tests/support/slot_migration.tcl writer $file [pid] $i $::tls $ports $tags $slow >& $file.log &]
         lappend handle [list $pid $file]
     }
     foreach writer $handle {
@@ -628,8 +745,8 @@ proc wait_writers_go_on {handle {more 50}} {
 # least what was acknowledged and at most what was attempted, each list must
 # have every acknowledged element in its order. What the writers saw, added up:
 # acked, moved, ask, tryagain, errors, twice (slots whose client was redirected
-# more than once in a row).
-proc stop_writers {handle} {
+# more than once in a row). `owner`: ask this node, not all who owns a slot.
+proc stop_writers {handle {owner ""}} {
     set seen {acked 0 moved 0 ask 0 tryagain 0 errors {} twice 0}
     foreach writer $handle {
         lassign $writer pid file
@@ -642,14 +759,14 @@ proc stop_writers {handle} {
         close $fd
         foreach what {acked moved ask tryagain twice} {dict incr seen $what [dict get $result $what]}
         dict lappend seen errors {*}[dict get $result errors]
-        verify_writes [dict get $result keys]
+        verify_writes [dict get $result keys] $owner
     }
     return $seen
 }
 
-proc verify_writes {keys} {
+proc verify_writes {keys {owner ""}} {
     dict for {key about} $keys {
-        set r [Rn [slot_owner 0 [R 0 cluster keyslot $key]]]
+        set r [Rn [expr {$owner ne "" ? $owner : [slot_owner 0 [R 0 cluster keyslot $key]]}]]
         if {[string match *:counter $key]} {
             lassign $about acked attempted
             set value [$r get $key]
@@ -709,6 +826,20 @@ proc stop_pipeliners {handle} {
     return $seen
 }
 
+# Run the body with a process that sends this command to node n without an end, faster than
+# it is read: each turn of the node's event loop finds some.
+proc with_asker {n command body} {
+    set file [tmpfile asker]
+    set pid [exec [info nameofexecutable] tests/support/slot_migration.tcl asker $file [pid] [srv -$n host] [srv -$n port] $command >& $file.log &]
+    set failed [catch {
+        wait_for_condition 500 10 {[file exists $file.running]} else {fail "the asker did not start: [exec cat $file.log]"}
+        uplevel 1 $body
+    } error options]
+    close [open $file.stop w]
+    wait_for_condition 1500 10 {![is_alive $pid]} else {exec kill $pid}
+    if {$failed} {return -options $options $error}
+}
+
 # Run the body with a process that passes on what comes to the addresses
 # "listen-ip listen-port to-ip to-port ...", as a NAT does.
 proc with_forwarders {ways body} {
@@ -722,7 +853,163 @@ proc with_forwarders {ways body} {
     if {$failed} {return -options $options $error}
 }
 
+# ---- shards: masters are nodes 0 to 2, the replica of node n is node n+3 ----
+
+# Who is the master in the shard of node 0, 1 or 2, as the nodes see themselves; -1: nobody.
+proc shard_master {shard} {
+    foreach n [list $shard [expr {$shard+3}]] {
+        if {[is_alive [node_pid $n]] && [status [Rn $n] role] eq "master"} {return $n}
+    }
+    return -1
+}
+
+# The other node of its shard.
+proc shard_mate {n} {
+    expr {($n+3) % 6}
+}
+
+proc wait_promoted {n} {
+    wait_for_condition 3000 10 {[status [Rn $n] role] eq "master"} else {fail "node $n is not promoted: [R $n cluster nodes]"}
+}
+
+proc wait_replicas_up {} {
+    for {set n 0} {$n < [llength $::servers]} {incr n} {
+        if {[status [Rn $n] role] eq "master"} continue
+        wait_for_condition 2000 10 {[status [Rn $n] master_link_status] eq "up"} else {fail "replica $n is not up"}
+    }
+}
+
+# Master and replica of the shard have the same keys, by content, by number, and by
+# number in each of the slots.
+proc wait_shard_agrees {shard slots} {
+    wait_for_condition 1500 10 {
+        [R $shard dbsize] == [R [shard_mate $shard] dbsize] && [R $shard debug digest] eq [R [shard_mate $shard] debug digest]
+    } else {
+        fail "node $shard has [R $shard dbsize] keys, node [shard_mate $shard] [R [shard_mate $shard] dbsize]"
+    }
+    foreach slot $slots {
+        assert_equal [R $shard cluster countkeysinslot $slot] [R [shard_mate $shard] cluster countkeysinslot $slot] "slot $slot in shard $shard"
+    }
+    assert_equal [keyspace_field $shard expires] [keyspace_field [shard_mate $shard] expires]
+    wait_for_condition 1000 10 {[keyspace_field $shard subexpiry] == [keyspace_field [shard_mate $shard] subexpiry]} else {
+        fail "node $shard: [keyspace $shard], node [shard_mate $shard]: [keyspace [shard_mate $shard]]"
+    }
+}
+
+# All writes to the master have got to its replica.
+proc wait_shard_in_step {shard} {
+    wait_for_condition 1500 10 {[status [Rn $shard] master_repl_offset] == [status [Rn [shard_mate $shard]] master_repl_offset]} else {
+        fail "the replica in shard $shard lags"
+    }
+}
+
+# A master that lost its slots to several nodes is a replica of none of them, or of
+# one of another shard: as an operator brings it back to its own.
+proc back_to_shard {n} {
+    set mate [shard_mate $n]
+    wait_for_condition 1500 10 {[status [Rn $n] role] eq "slave" || [dict get [cluster_get_myself $n] slots] eq ""} else {
+        fail "node $n keeps slots: [R $n cluster nodes]"
+    }
+    if {[dict get [cluster_get_myself $n] slaveof] eq [node_id $mate]} return
+    if {[status [Rn $n] role] eq "master"} {R $n flushall}
+    wait_for_condition 500 10 {![catch {R $n cluster replicate [node_id $mate]} error]} else {fail $error}
+}
+
+# As `fresh`, for three shards of two nodes. Who is the master stays so with `stay`:
+# a node that was elected wins once more by the same votes for a few seconds, and
+# those who gave them give none for as long.
+proc fresh_shards {slots {stay ""}} {
+    for {set n 0} {$n < 6} {incr n} {
+        if {[is_alive [node_pid $n]]} {exec kill -CONT [node_pid $n]} else {start_node_again $n}
+    }
+    for {set n 0} {$n < 6} {incr n} {
+        failpoints_off $n
+        R $n config set cluster-node-timeout 3000
+        R $n config set cluster-replica-validity-factor 0
+        if {[status [Rn $n] role] eq "master"} {R $n cluster cancel-slot-migrations all}
+    }
+    # What only an operator could end, after a test that failed.
+    for {set n 0} {$n < 6} {incr n} {
+        foreach job [R $n cluster slot-migrations] {
+            if {[dict get $job state] in {committed prepared inherited}} {catch {R $n cluster cancel-slot-migrations id [dict get $job id] force}}
+        }
+    }
+    for {set n 0} {$n < 6} {incr n} {
+        wait_for_condition 1500 10 {[jobs_running $n] == 0} else {
+            fail "node $n has jobs that do not end: [R $n cluster slot-migrations]"
+        }
+    }
+    wait_replicas_up
+    for {set n 0} {$n < 3} {incr n} {
+        if {$stay ne "" || [shard_master $n] == $n} continue
+        # Nobody writes.
+        wait_shard_in_step $n
+        R $n cluster failover takeover
+    }
+    wait_cluster_agrees
+    wait_replicas_up
+    foreach shard {0 1 2} {R [shard_master $shard] flushall}
+    foreach shard {1 2} {
+        set from [shard_master $shard]
+        set here [lmap slot $slots {if {[slot_owner 0 $slot] != $from} continue; set slot}]
+        if {$here ne ""} {move_slots $from [shard_master 0] [lindex $here 0] [lindex $here end]}
+    }
+    foreach n {0 1 2} {wait_shard_agrees $n $slots}
+}
+
+# Of the nodes that live; none may be stopped.
+proc set_failover_timeouts {ms} {
+    for {set n 0} {$n < 6} {incr n} {
+        if {[is_alive [node_pid $n]]} {R $n config set cluster-node-timeout $ms}
+    }
+}
+
 # ---- a node of upstream's ----
+
+# Servers of no cluster: puts the address of each into the variable of that name.
+proc with_servers {names body} {
+    set pids {}
+    foreach name $names {
+        upvar $name address
+        set port [find_available_port $::baseport $::portcount]
+        set dir [file normalize [tmpdir server]]
+        set pid [exec src/redis-server --port $port --dir $dir --cluster-enabled yes --cluster-node-timeout 3000 --cluster-ping-interval 100 \
+            --cluster-allow-replica-migration no --enable-debug-command yes --save "" --logfile $dir/log &]
+        send_data_packet $::test_server_fd server-spawned $pid
+        lappend pids $pid
+        wait_for_condition 200 20 {![catch {set c [redis 127.0.0.1 $port]; $c ping}]} else {fail "no server at port $port"}
+        $c close
+        set address 127.0.0.1:$port
+    }
+    set failed [catch {uplevel 1 $body} error options]
+    foreach pid $pids name $names {
+        upvar $name address
+        catch {set id [at $address cluster myid]}
+        catch {exec kill -9 $pid}
+        for {set n 0} {$n < [llength $::servers]} {incr n} {catch {R $n cluster forget $id}}
+        send_data_packet $::test_server_fd server-killed $pid
+    }
+    if {$failed} {return -options $options $error}
+}
+
+# With a connection to a server that the harness does not know.
+proc at {address args} {
+    set c [redis 127.0.0.1 [lindex [split $address :] 1]]
+    set failed [catch {$c {*}$args} reply]
+    $c close
+    if {$failed} {error $reply}
+    return $reply
+}
+
+# How many slots the node at that address has.
+proc slots_of_master {address} {
+    set count 0
+    foreach range [lrange [lsearch -inline -index 2 [split [at $address cluster nodes] "\n"] *myself*] 8 end] {
+        lassign [split $range -] first last
+        incr count [expr {$last eq "" ? 1 : $last-$first+1}]
+    }
+    return $count
+}
 
 # Run the body with an unpatched node that is a member of the cluster. In the
 # body, $vanilla is a client of it.
@@ -756,6 +1043,44 @@ proc with_vanilla_node {body} {
     catch {exec kill -9 $pid}
     send_data_packet $::test_server_fd server-killed $pid
     if {$failed} {return -options $options $error}
+}
+
+# {digest number-of-keys} of a directory of append-only files, or of an RDB, in an unpatched
+# server. It loads a copy.
+proc loaded_by_vanilla {from} {
+    set program ../vanilla/src/redis-server
+    if {![file executable $program]} {
+        fail "no unpatched server at [file normalize $program]: run make vanilla"
+    }
+    set dir [file normalize [tmpdir vanilla-loads]]
+    set append [expr {[file isdirectory $from] ? "yes" : "no"}]
+    file copy $from [file join $dir [expr {$append ? "appendonlydir" : "dump.rdb"}]]
+    set port [find_available_port $::baseport $::portcount]
+    set pid [exec $program --port $port --dir $dir --cluster-enabled yes --appendonly $append \
+        --enable-debug-command yes --save "" --logfile $dir/log &]
+    send_data_packet $::test_server_fd server-spawned $pid
+    set failed [catch {
+        wait_for_condition 500 20 {![catch {set r [redis 127.0.0.1 $port]; $r ping} pong] && $pong eq "PONG"} else {
+            fail "the unpatched server does not load it: [exec tail -n 20 $dir/log]"
+        }
+        set loaded [list [$r debug digest] [$r dbsize]]
+        $r close
+    } error options]
+    catch {exec kill -9 $pid}
+    send_data_packet $::test_server_fd server-killed $pid
+    if {$failed} {return -options $options $error}
+    return $loaded
+}
+
+proc aof_dir {n} {
+    file join [lindex [R $n config get dir] 1] [lindex [R $n config get appenddirname] 1]
+}
+
+# A rewrite may be waiting for another child, too.
+proc wait_rewritten {n} {
+    wait_for_condition 2000 10 {[status [Rn $n] aof_rewrite_scheduled] == 0 && [status [Rn $n] aof_rewrite_in_progress] == 0} else {
+        fail "node $n rewrites its append-only file"
+    }
 }
 
 proc vanilla_is_known {vanilla id all} {
@@ -1023,10 +1348,11 @@ proc phases_of {end} {
 
 # ---- the writer's program ----
 
-# argv: result file, parent's pid, number, tls, ports, tags. It writes a byte per
+# argv: result file, parent's pid, number, tls, ports, tags, and for a slow one the port
+# where a write counts only when a replica has it (0: nowhere). It writes a byte per
 # acknowledged write to FILE.running until FILE.stop exists (or its parent is
 # gone), then the result, as a dict, to FILE.
-proc writer_main {file parent number tls ports tags} {
+proc writer_main {file parent number tls ports tags {slow ""}} {
     source tests/support/redis.tcl
     set ::tlsdir tests/tls
     set running [open $file.running w]
@@ -1074,6 +1400,10 @@ proc writer_main {file parent number tls ports tags} {
                     }
                 }
                 break
+            }
+            if {$slow ne ""} {
+                after 2
+                if {$port == $slow && ([catch {$conn($port) wait 1 100} replicas] || $replicas < 1)} break
             }
             dict incr seen acked
             if {$i%2} {
@@ -1125,6 +1455,20 @@ proc pipeliner_main {file parent number tls ports tags} {
     puts -nonewline $fd [dict create keys $keys moved $moved errors $errors]
     close $fd
     file rename $file.tmp $file
+}
+
+# ---- the asker's program ----
+
+proc asker_main {file parent host port command} {
+    set fd [socket $host $port]
+    fconfigure $fd -translation binary
+    puts $fd "client reply off\r"
+    set batch [string repeat "$command\r\n" 1000]
+    while {![file exists $file.stop] && [file exists /proc/$parent]} {
+        puts -nonewline $fd $batch
+        flush $fd
+        if {![file exists $file.running]} {close [open $file.running w]}
+    }
 }
 
 # ---- the forwarder's program ----

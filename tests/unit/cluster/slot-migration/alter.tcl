@@ -80,6 +80,28 @@ start_cluster 3 0 {tags {external:skip cluster}} {
             assert_equal 4000 [R 2 dbsize]
         }
 
+        test "TIMEOUT given with the command, changed at the $name: both nodes wait for as long, and no longer" {
+            fresh
+            fill
+            failpoint 0 source_before_cut pause
+            set id [lindex [R 0 cluster migrate-slots slotsrange 5 7 node $id2 timeout 700000] 0]
+            wait_fields $id {timeout 700000}
+            wait_job_state 0 $id streaming
+            failpoint 2 target_cuts_links fail
+            wait_for_condition 1000 10 {[job_field 2 $id interruptions] == 1 && [job_field 0 $id state] eq "streaming"} else {fail "[job 0 $id]"}
+            alter $n $id timeout 0
+            wait_fields $id {timeout 0}
+            failpoint 2 target_cuts_links fail
+            foreach node {0 2} {
+                assert_equal failed [wait_job_ended $node $id]
+                assert_match "*link*lost*" [job_field $node $id last-error]
+            }
+            failpoint 0 source_before_cut off
+            assert_error "*invalid TIMEOUT '-1'*" {R 0 cluster migrate-slots slotsrange 5 7 node $id2 timeout -1}
+            assert_error "*invalid TIMEOUT ''*" {R 0 cluster migrate-slots slotsrange 5 7 node $id2 timeout}
+            move_slots 0 2 5 7
+        }
+
         test "PAUSE at the $name stops the bytes, RESUME lets them go on, and time-outs do not count meanwhile" {
             fresh
             fill

@@ -698,3 +698,62 @@ start_cluster 3 0 {tags {external:skip cluster} overrides {cluster-node-timeout 
 }
 
 }
+
+# In each of the slots so many strings of 100 KB.
+proc fill_slots {n first last count} {
+    set rd [redis_deferring_client -$n]
+    for {set slot $first} {$slot <= $last} {incr slot} {
+        $rd eval {for i = 1, ARGV[1] do redis.call('set',KEYS[1]..i,string.rep('x',100*1024)) end} 1 [key_in $slot k] $count
+    }
+    for {set slot $first} {$slot <= $last} {incr slot} {$rd read}
+    $rd close
+}
+
+# What a lost link costs: the section that was on its way, and what stood in the sockets.
+start_cluster 3 0 {tags {external:skip cluster large-memory} overrides {cluster-allow-replica-migration no rdbcompression no}} {
+    test "Both connections cut at half of 1 GB: hardly more than 1 GB is sent" {
+        fresh
+        fill_slots 0 0 1999 5
+        set id [migrate 0 2 0 1999]
+        wait_migrated 0 2 $id
+        set whole [job_field 2 $id bytes-done]
+        assert {$whole > 1000000000}
+        move_slots 2 0 0 1999
+        failpoint 0 source_before_cut pause
+        set id [migrate 0 2 0 1999]
+        wait_for_condition 3000 1 {[job_field 2 $id bytes-done] > $whole/2} else {fail "[job 2 $id]"}
+        failpoint 2 target_cuts_links fail
+        wait_for_condition 1000 1 {[job_field 2 $id interruptions] == 1} else {fail "[job 2 $id]"}
+        assert_range [job_field 2 $id keys-done] 4000 9999
+        failpoint 2 target_cuts_links off
+        failpoint 0 source_before_cut off
+        wait_migrated 0 2 $id
+        assert_equal 10000 [R 2 dbsize]
+        set sent [job_field 2 $id bytes-done]
+        puts "    sent with one interruption: [format %.4f [expr {double($sent)/$whole}]] times the snapshot"
+        assert {$sent < 1.01*$whole + 600*1024}
+    }
+}
+
+# Node 3 is the replica of node 0. All limits are the defaults.
+start_cluster 3 1 {tags {external:skip cluster large-memory} overrides {cluster-allow-replica-migration no rdbcompression no}} {
+    test "4 GB that arrive neither push the target's replica over its output limit nor out of the backlog" {
+        wait_for_condition 1000 20 {[status [Rn 3] master_link_status] eq "up"} else {fail "node 3 is not up"}
+        fill_slots 1 6000 9999 10
+        foreach stat {sync_full sync_partial_ok sync_partial_err client_output_buffer_limit_disconnections} {
+            set before($stat) [status [Rn 0] $stat]
+        }
+        set most 0
+        set id [migrate 1 0 6000 9999]
+        while {[job_field 0 $id state] ne "done"} {
+            assert {![job_ended [job_field 0 $id state]]}
+            if {[regexp {omem=(\d+)} [R 0 client list type replica] - output] && $output > $most} {set most $output}
+            after 20
+        }
+        wait_migrated 1 0 $id
+        foreach stat [array names before] {assert_equal $before($stat) [status [Rn 0] $stat] $stat}
+        wait_for_condition 3000 20 {[R 3 dbsize] == 40000} else {fail "node 3 has [R 3 dbsize] keys"}
+        puts "    the replica's output buffer was $most bytes at most"
+        assert {$most < 16*1024*1024}
+    }
+}

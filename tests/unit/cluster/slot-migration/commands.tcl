@@ -4,9 +4,10 @@ source tests/support/slot_migration.tcl
 
 set ::fields {
     id slots source target role state reason attempt keys-total keys-done bytes-total bytes-done rate eta-ms
-    stream-bytes stream-lag-bytes retries last-error created-ms started-ms ended-ms phase-ms write-pause-us
+    stream-bytes stream-lag-bytes retries interruptions came-anew last-error created-ms started-ms ended-ms phase-ms write-pause-us
     take-over-us fsync-us hand-off-us
-    held held-for paused rate-limit wait-replicas writers-rate-limit trimmed
+    held held-for paused rate-limit wait-replicas timeout writers-rate-limit trimmed
+    snapshot-by forked-slots
 }
 
 proc assert_refused {why n args} {
@@ -61,6 +62,42 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         assert_equal v [R 2 get [key_in 5 k]]
         failpoint 2 target_before_accept fail
         assert_error "*owner answers*$id2*refuses*target_before_accept*" {R 2 cluster migrate-slots slotsrange 7 7 node $id2}
+    }
+
+    test "DRYRUN tells what would be moved, as owner and as target, and starts nothing" {
+        fresh
+        fill_strings 0 {5 6 7} 1000 100
+        R 0 set [key_in 9 k] x
+        set jobs [llength [R 0 cluster slot-migrations]]
+        R 1 config set maxmemory 1gb
+        foreach n {0 2} {
+            set plan [R $n cluster migrate-slots slotsrange 5 7 9 9 node $id2 dryrun]
+            assert_equal 1 [llength $plan]
+            set plan [lindex $plan 0]
+            assert_equal {5-7 9} [dict get $plan slots]
+            assert_equal $id2 [dict get $plan target]
+            assert_equal [expr {[R 0 dbsize]}] [dict get $plan keys]
+            assert_range [dict get $plan bytes] 100000 1000000
+            assert_range [dict get $plan memory] 100000 1000000
+            assert_equal -1 [dict get $plan target-headroom]
+        }
+        set plan [R 0 cluster migrate-slots slotsrange 5 5 node $id2 slotsrange 9 9 node $id1 hold dryrun rate 5]
+        assert_equal {5 9} [lmap block $plan {dict get $block slots}]
+        assert_equal [list $id2 $id1] [lmap block $plan {dict get $block target}]
+        assert_range [dict get [lindex $plan 1] target-headroom] 900000000 1073741824
+        R 1 config set maxmemory 1
+        assert_error "*the target $id1*maxmemory*" {R 0 cluster migrate-slots slotsrange 5 5 node $id2 slotsrange 6 6 node $id1 dryrun}
+        R 1 config set maxmemory 0
+        assert_error "*slot 6000 is served by node*" {R 0 cluster migrate-slots slotsrange 6000 6000 node $id2 dryrun}
+        assert_error "*syntax error at 'dryrun'*" {R 0 cluster migrate-slots slotsrange 5 5 node $id2 dryrun dryrun}
+        failpoint 0 source_before_cut pause
+        set id [migrate 0 2 6 6]
+        assert_error "*slot 6 is in slot migration $id*" {R 0 cluster migrate-slots slotsrange 5 6 node $id2 dryrun}
+        failpoint 0 source_before_cut off
+        wait_migrated 0 2 $id
+        R 1 set [key_in 6000 own] x
+        foreach n {0 1 2} {assert_equal 0 [jobs_running $n]}
+        assert_equal [expr {$jobs+1}] [llength [R 0 cluster slot-migrations]]
     }
 
     test "Slots in a job are refused to other jobs, SETSLOT, DELSLOTS and FLUSHSLOTS, at both nodes" {
@@ -137,23 +174,18 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         R 2 save
     }
 
-    test "A node with 'appendonly yes' is refused by name, as source and as target" {
-        fresh
-        R 2 config set appendonly yes
-        waitForBgrewriteaof [Rn 2]
-        assert_refused "*$id2*appendonly yes*" 0 slotsrange 5 5 node $id2
-        assert_refused "*$id2*appendonly yes*" 2 slotsrange 12000 12000 node $id0
-        R 2 config set appendonly no
-        move_slots 0 2 5 5
-    }
-
     test "A job waits for another child process, and says for which" {
         fresh
         R 0 set [key_in 4000 k] x
         R 0 config set rdb-key-save-delay 100000000
         R 0 bgsave
+        R 0 config set cluster-slot-migration-snapshot fork
         set id [migrate 0 2 5 6]
         wait_for_condition 500 10 {[string match "*child process*" [job_field 0 $id reason]]} else {fail "[job 0 $id]"}
+        assert_equal waiting [job_field 0 $id state]
+        # The saver's thread needs none.
+        R 0 config set cluster-slot-migration-snapshot auto
+        move_slots 0 2 4000 4000
         assert_equal waiting [job_field 0 $id state]
         R 0 config set rdb-key-save-delay 0
         exec kill -9 [node_children 0]
@@ -203,12 +235,16 @@ start_cluster 3 0 {tags {external:skip cluster}} {
     test "CLUSTER SLOTMIG is for the nodes only" {
         fresh
         foreach command {
-            {slotmig failpoint source_before_cut pause} {slotmig ask 0123 1 2} {slotmig attach 0123 stream}
+            {slotmig ask 0123 1 2} {slotmig attach 0123 stream}
             {slotmig request slotsrange 1 1 node x} {slotmig offer 1 x y 0 0 1 1} {slotmig nonsense}
         } {
             assert_error "*for the nodes of the cluster only*MIGRATE-SLOTS*" {R 0 cluster {*}$command}
         }
-        assert_error "*no fail point*" {internal 0 cluster slotmig failpoint nonsense pause}
+        assert_error "*no fail point*" {R 0 debug slotmig failpoint nonsense pause}
+        assert_error "*no action*" {R 0 debug slotmig failpoint source_before_cut nonsense}
+        assert_error "*not an integer*" {R 0 debug slotmig failpoint source_before_cut fail x}
+        assert_error "*unknown subcommand*" {R 0 debug slotmig}
+        assert_match "*SLOTMIG FAILPOINT*" [R 0 debug help]
         assert_error "*unknown subcommand*" {internal 0 cluster slotmig nonsense}
         assert_error "*Unknown slot migration*" {internal 0 cluster slotmig attach [string repeat 0 40] stream}
         assert_error "*do not understand each other*" {internal 0 cluster slotmig offer 99 [string repeat 0 40] $id2 0 0 5 5}
@@ -364,6 +400,9 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         foreach field {done failed cancelled} {set $field [CI 0 cluster_slot_migrations_$field]}
         set out [CI 0 cluster_slot_migration_keys_exported]
         set in [CI 2 cluster_slot_migration_keys_imported]
+        set bytes_out [CI 0 cluster_slot_migration_bytes_exported]
+        set bytes_in [CI 2 cluster_slot_migration_bytes_imported]
+        set retried [CI 0 cluster_slot_migrations_retried]
         failpoint 0 source_before_cut pause
         set id [migrate 0 2 5 5]
         assert_equal {1 0} [list [CI 0 cluster_slot_migrations_exporting] [CI 0 cluster_slot_migrations_importing]]
@@ -376,6 +415,10 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         assert_equal [expr {$done+1}] [CI 0 cluster_slot_migrations_done]
         assert_equal $failed [CI 0 cluster_slot_migrations_failed]
         assert_equal [expr {$out+10}] [CI 0 cluster_slot_migration_keys_exported]
+        assert_equal $retried [CI 0 cluster_slot_migrations_retried]
+        set bytes [dict get [lindex [R 0 cluster slot-migrations] 0] bytes-done]
+        assert_equal [expr {$bytes_out+$bytes}] [CI 0 cluster_slot_migration_bytes_exported]
+        assert_equal [expr {$bytes_in+$bytes}] [CI 2 cluster_slot_migration_bytes_imported]
         assert_equal [expr {$in+10}] [CI 2 cluster_slot_migration_keys_imported]
         assert_morethan [CI 0 cluster_slot_migration_longest_write_pause_us] 0
         assert_not_equal "" [getInfoProperty [R 0 info server] slot_migration_version]

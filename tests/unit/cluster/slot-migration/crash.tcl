@@ -37,7 +37,7 @@ proc wait_ended {n id} {
     job_field $n $id state
 }
 
-start_cluster 3 0 {tags {external:skip cluster}} {
+start_cluster 3 0 {tags {external:skip cluster} overrides {cluster-slot-migration-timeout 0}} {
     foreach point {target_before_load target_before_section target_before_apply target_before_prepared target_prepared target_before_takeover} {
         test "The target dies at $point: the source keeps the slots and all keys" {
             fresh

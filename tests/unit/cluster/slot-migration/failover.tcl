@@ -105,29 +105,36 @@ proc begin {} {
 }
 
 # point and action; who has it; who dies; who must own the slots then
-foreach {::what ::node ::point ::action ::dies ::owners} {
-    "before the cut the source"                                0 source_before_cut pause      0 {3}
-    "prepared, before the commit, the source"                  0 source_before_commit pause   0 {3}
-    "as it commits, its word lost, the source"                 0 source_after_commit crash    0 {3}
-    "committed and not taken yet, the target"                  2 target_before_takeover crash 2 {5}
-    "that took over, its word lost, the target"                2 target_after_takeover crash  2 {5}
-    "when it is prepared the target"                           2 target_prepared crash        2 {0 5}
-    "before it is prepared the target"                         2 target_before_prepared crash 2 {0}
+foreach {::what ::node ::point ::action ::dies ::owner} {
+    "while the snapshot is loaded, the source"                 2 target_before_section pause  0 2
+    "before the cut the source"                                0 source_before_cut pause      0 2
+    "prepared, before the commit, the source"                  0 source_before_commit pause   0 2
+    "as it commits, its word lost, the source"                 0 source_after_commit crash    0 2
+    "while the snapshot is loaded, the target"                 2 target_before_section pause  2 5
+    "committed and not taken yet, the target"                  2 target_before_takeover crash 2 5
+    "that took over, its word lost, the target"                2 target_after_takeover crash  2 5
+    "when it is prepared the target"                           2 target_prepared crash        2 5
+    "before it is prepared the target"                         2 target_before_prepared crash 2 5
 } {
     start_cluster 3 3 {tags {external:skip cluster}} {
-        test "Dies $::what: its replica is promoted, one shard has the slots and all keys" {
+        test "Dies $::what: its replica is promoted, the migration goes on, one shard has the slots and all keys" {
             set before [begin]
             failpoint $::node $::point $::action
             set id [migrate 0 2 3 10]
             if {$::action eq "pause"} {
-                if {$::point eq "source_before_commit"} {wait_job_state 2 $id prepared} else {wait_job_state 0 $id streaming}
+                switch $::point {
+                    source_before_commit {wait_job_state 2 $id prepared}
+                    target_before_section {wait_job_state 2 $id loading}
+                    default {wait_job_state 0 $id streaming}
+                }
                 kill_node $::dies
+                failpoints_off [expr {2-$::dies}]
             } else {
                 wait_node_dead $::dies
             }
             set replica [expr {$::dies+3}]
             wait_for_condition 3000 10 {[status [Rn $replica] role] eq "master"} else {fail "replica $replica is not promoted"}
-            set owner [assert_ends $::owners $before $::dies]
+            set owner [assert_ends $::owner $before $::dies]
             assert_returns $::dies
             # The next migration is as if nothing had been.
             wait_up
@@ -151,7 +158,7 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         failpoint 0 source_before_trim off
         wait_job_state 0 $id done
         foreach n {0 3} {
-            wait_for_condition 2000 10 {[dict get [cluster_get_myself $n] slaveof] eq [node_id 2]} else {fail "node $n: [cluster_get_myself $n]"}
+            wait_for_condition 2000 10 {![catch {dict get [cluster_get_myself $n] slaveof} of] && $of eq [node_id 2]} else {fail "node $n follows $of"}
         }
         wait_up
         assert_same_dump $before [slots_dump 2 $::slots]
@@ -241,5 +248,113 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         kill_node 0
         wait_for_condition 3000 10 {[status [Rn 3] role] eq "master"} else {fail "replica 3 is not promoted"}
         assert_equal 3 [assert_ends 3 $before 0]
+    }
+}
+
+foreach ::paused {"" ", its clients being paused"} {
+    start_cluster 3 3 {tags {external:skip cluster} overrides {cluster-allow-replica-migration no}} {
+        test "A target that is replaced by its replica, which has more slots than it had, follows it$::paused" {
+            set before [begin]
+            R 2 config set cluster-node-timeout 20000       ;# it defends for four of these
+            move_slots 0 2 3 10
+            wait_replicated 2 5
+            if {$::paused ne ""} {R 2 client pause 1000000 write}
+            # The replica claims one slot that its master has given up.
+            R 2 config set cluster-require-full-coverage no
+            R 2 cluster delslots 16000
+            assert_equal OK [R 5 cluster failover takeover]
+            wait_for_condition 1000 10 {[owner_seen_by 2 3] == 5} else {fail [R 2 cluster nodes]}
+            wait_for_condition 1000 10 {[status [Rn 2] role] eq "slave"} else {fail "it stays a master: [R 2 cluster nodes]"}
+            R 2 client unpause
+            wait_up
+            assert_same_dump $before [slots_dump 5 $::slots]
+            wait_replicated 5 2
+        }
+    }
+}
+
+start_cluster 3 3 {tags {external:skip cluster}} {
+    test "A promoted replica is restarted with a file of before its shard gave slots away: their keys are dropped" {
+        set before [begin]
+        R 0 set [key_in 100 stays] 1
+        wait_replicated 0 3
+        R 3 save
+        move_slots 0 2 3 10
+        wait_replicated 0 3
+        assert_equal OK [R 3 cluster failover]
+        wait_for_condition 2000 10 {[status [Rn 3] role] eq "master" && [status [Rn 0] role] eq "slave"} else {fail "no failover"}
+        wait_cluster_agrees
+        # Nobody takes its place meanwhile: it comes back as the master, with what the file has.
+        pause_process [node_pid 0]
+        kill_node 3
+        start_node_again 3
+        assert_equal {} [lsearch -all -inline [R 3 cluster nodes] {\[*}]
+        assert_equal 1 [R 3 dbsize]
+        assert_equal 1 [R 3 cluster countkeysinslot 100]
+        resume_process [node_pid 0]
+        wait_cluster_agrees
+        assert_same_dump $before [slots_dump 2 $::slots]
+    }
+}
+
+# A client that writes to the slots at this node: nothing is acknowledged there for as long as the
+# source may still have the only good copy.
+proc assert_no_stray_writes {n id} {
+    set n_writes 0
+    while 1 {
+        set stray [catch {R $n set [key_in 3 stray[incr n_writes]] x} error]
+        if {[job_field 0 $id state] ne "committed"} break
+        assert {$stray}
+        assert_lessthan $n_writes 1000000 "the source does not hear of the end: [job 0 $id]"
+    }
+}
+
+start_cluster 3 3 {tags {external:skip cluster} overrides {save ""}} {
+    test "A replica that could not take over is promoted before it has copied everything: it serves none of the slots" {
+        set before [begin]
+        failpoint 5 target_replica_takeover fail
+        R 2 config set rdb-key-save-delay 10000
+        set id [migrate 0 2 3 10]
+        wait_job_state 2 $id taken
+        wait_for_condition 1000 10 {[count_log_message -5 "synchronizes anew"] > 0} else {fail "[job 5 $id]"}
+        kill_node 2
+        assert_no_stray_writes 5 $id
+        assert_morethan [count_log_message -5 "it does not serve 3-10"] 0
+        failpoint 5 target_replica_takeover off
+        assert_ends {0 5} $before 2
+    }
+}
+
+start_cluster 3 3 {tags {external:skip cluster} overrides {save ""}} {
+    test "A replica with an append-only file that was carried, and prepared, is promoted: it has the slots or the source has them" {
+        set before [begin]
+        R 5 config set appendonly yes
+        set id [lindex [R 0 cluster migrate-slots slotsrange 3 10 node [node_id 2] hold] 0]
+        wait_job_state 2 $id following
+        set syncs [status [Rn 2] sync_full]
+        R 2 debug change-repl-id
+        R 2 client kill type replica
+        wait_for_condition 1000 10 {[status [Rn 2] sync_full] > $syncs && [status [Rn 5] master_link_status] eq "up"} else {fail "no full synchronization"}
+        wait_for_condition 1000 10 {[status [Rn 5] aof_rewrite_in_progress] == 0 && [status [Rn 5] aof_rewrite_scheduled] == 0} else {fail "node 5 rewrites for ever"}
+        wait_job_state 5 $id following
+        failpoint 0 source_before_commit pause
+        R 0 cluster alter-slot-migration id $id release
+        wait_job_state 5 $id prepared
+        pause_process [node_pid 5]
+        R 2 client kill type replica
+        failpoint 0 source_before_commit off
+        wait_job_state 2 $id taken
+        kill_node 2
+        resume_process [node_pid 5]
+        # Whoever acknowledges a write keeps it.
+        set acknowledged {}
+        for {set i 0} {![job_ended [job_field 0 $id state]]} {incr i} {
+            foreach n {0 5} {if {![catch {R $n set [key_in 3 during$i:$n] x}]} {lappend acknowledged [key_in 3 during$i:$n]}}
+            assert_lessthan $i 100000 "the source does not hear of the end: [job 0 $id]"
+        }
+        assert_morethan [llength $acknowledged] 0
+        wait_for_condition 1000 10 {[owner_seen_by 1 3] in {0 5}} else {fail [R 1 cluster nodes]}
+        foreach key $acknowledged {assert_equal 1 [R [owner_seen_by 1 3] del $key] $key}
+        assert_ends {0 5} $before 2
     }
 }

@@ -1,4 +1,5 @@
-# Whatever fails, and whoever dies: both nodes are back where they were, say
+# Whatever fails, and whoever dies, where a job must not wait for the other node to come
+# back (cluster-slot-migration-timeout 0): both nodes are back where they were, say
 # why, hold nothing of the job, and the next migration succeeds.
 
 source tests/support/slot_migration.tcl
@@ -64,10 +65,10 @@ proc assert_next_succeeds {} {
     assert_equal 0 [R 0 dbsize]
 }
 
-start_cluster 3 0 {tags {external:skip cluster}} {
+start_cluster 3 0 {tags {external:skip cluster} overrides {cluster-slot-migration-timeout 0}} {
     foreach {point node at_source at_target} {
         source_before_attach 0 "*cannot attach to the source*source_before_attach*" "*cannot attach*source_before_attach*"
-        source_before_fork   0 "*cannot fork*"                                      "at the source: *cannot fork*"
+        source_before_fork   0 "*cannot start the snapshot's thread*"              "at the source: *cannot start the snapshot's thread*"
         source_in_child      0 "*"                                                  "*"
         target_before_load   2 "at the target: fail point target_before_load"       "fail point target_before_load"
         target_before_section 2 "at the target: fail point target_before_section"   "fail point target_before_section"
@@ -253,6 +254,7 @@ start_cluster 3 0 {tags {external:skip cluster}} {
     }
 
     test "The snapshot's child, when all is sent, may live on or be killed: it does not matter" {
+        R 0 config set cluster-slot-migration-snapshot fork
         foreach point {source_before_cut source_before_commit} {
             fresh
             fill
@@ -295,6 +297,7 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         wait_migrated 0 2 $id
         assert_equal 2 [slot_owner 0 5]
         failpoint 0 source_in_child off
+        R 0 config set cluster-slot-migration-snapshot auto
     }
 
     test "The snapshot's child is killed: the job fails and says so, nothing stays" {
@@ -304,8 +307,10 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         R 0 set [key_in 9 huge] [string repeat x 60000000]
         set before [state_before]
         failpoint 0 source_before_fork pause
+        R 0 config set cluster-slot-migration-snapshot fork
         set id [migrate 0 2 3 10]
         wait_for_condition 500 10 {[job_field 0 $id reason] eq "paused before the fork"} else {fail "[job 0 $id]"}
+        R 0 config set cluster-slot-migration-snapshot auto
         wait_for_condition 500 10 {[job_field 2 $id reason] eq "waiting for the source's snapshot"} else {fail "[job 2 $id]"}
         stop_node 2
         failpoint 0 source_before_fork off

@@ -20,16 +20,7 @@ proc reply_of {rd} {
 
 # Upstream's test module of timers, but what a timer writes is replicated.
 proc load_timer_module {n} {
-    set source [open tests/modules/timer.c]
-    set text [read $source]
-    close $source
-    set dir [file normalize [tmpdir timer]]
-    set changed [open $dir/timer.c w]
-    puts $changed [string map {{"INCR", "s"} {"INCR", "!s"}} $text]
-    close $changed
-    exec cc -shared -fPIC -I tests/modules/../../src -o $dir/timer.so $dir/timer.c
-    catch {R $n module unload timer}
-    R $n module load $dir/timer.so
+    load_test_module $n timer {{"INCR", "s"} {"INCR", "!s"}}
 }
 
 start_cluster 3 0 {tags {external:skip cluster modules}} {

@@ -95,7 +95,7 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
             set id [hold_in_phase offered 0 2 5 7]
             pause_process [node_pid 0]
             resume_process [node_pid 2]
-            wait_for_condition 1500 10 {[llength [R 2 cluster slot-migrations id $id]] == 1} else {fail "no offer"}
+            wait_for_condition 1500 10 {![catch {job 2 $id}]} else {fail "no offer"}
             assert_equal failed [wait_job_ended 2 $id]
             assert_match "*cannot attach to the source*no answer within repl-timeout*" [job_field 2 $id last-error]
             exec kill -CONT [node_pid 0]

@@ -2,7 +2,7 @@
 
 source tests/support/slot_migration.tcl
 
-start_cluster 2 0 {tags {external:skip cluster} overrides {io-threads 4}} {
+start_cluster 2 0 {tags {external:skip cluster} overrides {io-threads 4 cluster-slot-migration-timeout 0}} {
     test "Moves back and forth between nodes whose I/O threads are busy lose and repeat no write" {
         fresh
         set slots [slots_of {0 19}]

@@ -8,7 +8,7 @@ proc shut_down {n} {
     wait_node_dead $n
 }
 
-start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica-migration no}} {
+start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica-migration no cluster-slot-migration-timeout 0}} {
     foreach {end n} {source 0 target 2 "third node" 1} {
         foreach phase [expr {$n == 1 ? {snapshot prepared} : [phases_of $end]}] {
             test "SHUTDOWN of the $end while a job is $phase, and its restart: every slot has one owner, with its keys" {

@@ -58,12 +58,6 @@ foreach {cluster replication plain ::expected} {
 }
 
 start_cluster 2 0 {tags {external:skip cluster}} {
-    proc wait_failed {n id why} {
-        wait_for_condition 1500 10 {[job_ended [job_field $n $id state]]} else {fail "the job does not end at node $n: [job $n $id]"}
-        assert_equal failed [job_field $n $id state]
-        assert_match $why [job_field $n $id last-error]
-    }
-
     test "A certificate that is not accepted fails the job, which says so; the next succeeds" {
         fresh
         fill_all_types 0 5
@@ -85,7 +79,7 @@ start_cluster 2 0 {tags {external:skip cluster}} {
         assert_same_dump $before [slots_dump 1 5]
     }
 
-    test "A connection that breaks in the middle fails the job over TLS as over TCP" {
+    test "A connection that breaks in the middle is made again over TLS as over TCP" {
         fresh
         fill_all_types 0 5
         set before [slots_dump 0 5]
@@ -93,11 +87,63 @@ start_cluster 2 0 {tags {external:skip cluster}} {
         set id [migrate 0 1 5 5]
         wait_job_state 0 $id snapshot
         kill_node 1
-        wait_failed 0 $id "*"
+        wait_job_state 0 $id waiting
         start_node_again 1
+        wait_migrated 0 1 $id
         wait_cluster_agrees
-        move_slots 0 1 5 5
         assert_same_dump $before [slots_dump 1 5]
+    }
+}
+
+# Replicas of both sides get their part over their own links.
+start_cluster 3 3 {tags {external:skip cluster} overrides {cluster-allow-replica-migration no}} {
+    set slots {3 4 5 6}
+
+    test "Slots move between shards with replicas over TLS, under load: these have the same, nobody copies anew" {
+        fresh_shards $slots
+        foreach slot {3 4} {fill_all_types 0 $slot}
+        fill_strings 0 $slots 2000 1000
+        foreach n {0 2} {set syncs($n) [status [Rn $n] sync_full]}
+        set writers [start_writers 2 $slots]
+        wait_writers_go_on $writers
+        set id [migrate 0 2 3 6]
+        wait_migrated 0 2 $id
+        wait_writers_go_on $writers
+        assert_equal {} [dict get [stop_writers $writers] errors]
+        foreach n {0 2} {
+            wait_shard_agrees $n $slots
+            assert_equal $syncs($n) [status [Rn $n] sync_full]
+        }
+        assert_equal 0 [R 3 dbsize]
+    }
+
+    test "The target's replica is promoted over TLS while both are prepared: it gets the slots, no write is lost" {
+        fresh_shards $slots
+        fill_strings 0 $slots 1000
+        set writers [start_writers 1 $slots]
+        wait_writers_go_on $writers
+        set_failover_timeouts 1000
+        failpoint 0 source_before_commit pause
+        set id [migrate 0 2 3 6]
+        wait_job_state 2 $id prepared
+        wait_for_condition 1000 10 {[job_field 5 $id state] eq "prepared"} else {fail "[job 5 $id]"}
+        R 5 cluster failover
+        wait_promoted 5
+        failpoint 0 source_before_commit off
+        for {set n 0} {$n < 6} {incr n} {
+            wait_for_condition 1500 10 {[jobs_running $n] == 0} else {fail "node $n goes on: [R $n cluster slot-migrations]"}
+        }
+        set_failover_timeouts 3000
+        wait_writers_go_on $writers
+        stop_writers $writers
+        wait_replicas_up
+        wait_cluster_agrees
+        assert_equal done [job_field 0 $id state]
+        assert_equal 5 [slot_owner 0 3]
+        foreach shard {0 2} {wait_shard_agrees $shard $slots}
+        # 1000, and the writer's two a slot.
+        assert_equal 1008 [R 5 dbsize]
+        assert_equal 0 [R 0 dbsize]
     }
 }
 

@@ -12,9 +12,7 @@ proc fill {} {
 
 # On the connection that is there: others may not be allowed.
 proc failpoint_by_R {n name action} {
-    R $n debug mark-internal-client
-    R $n cluster slotmig failpoint $name $action
-    R $n debug mark-internal-client unmark
+    R $n debug slotmig failpoint $name $action
 }
 
 proc wait_not_behind {id} {

@@ -745,6 +745,7 @@ proc assert_as_vanilla {n port} {
 # Where a job can be held before its end: phase, node, fail point, state there.
 set ::phases {
     "before the snapshot"               0 source_before_fork    waiting
+    "while slots are frozen and thawed" 0 source_in_freeze      snapshot
     "while sections are still to come"  2 target_before_section snapshot
     "while the target follows"          0 source_before_cut     streaming
 }
@@ -753,7 +754,7 @@ set ::phases {
 # before the cut, until compare_and_finish.
 proc start_held {node point state} {
     failpoint 0 source_before_cut pause
-    failpoint $node $point pause
+    if {$point eq "source_in_freeze"} {failpoint 0 $point fail 50} else {failpoint $node $point pause}
     set id [migrate 0 2 5 7]
     wait_job_state 0 $id $state
     return $id
@@ -807,6 +808,15 @@ with_lone_vanilla {
         foreach name [dict keys $::write_exceptions] {
             if {$name ni $commands} {fail "$name is an exception from the table of writes, but does not write"}
         }
+    }
+
+    # A child that takes the snapshot freezes nothing.
+    if {[lindex [R 0 config get cluster-slot-migration-snapshot] 1] eq "fork"} {
+        set phases {}
+        foreach {phase node point state} $::phases {
+            if {$point ne "source_in_freeze"} {lappend phases $phase $node $point $state}
+        }
+        set ::phases $phases
     }
 
     set add 0
@@ -1263,7 +1273,8 @@ with_lone_vanilla {
                 write_unit $flush 1
             }
             write_decks 1
-            assert_equal $state [job_field 0 $id state]
+            # Empty slots are not frozen: after a flush that phase may be over.
+            if {$point ne "source_in_freeze"} {assert_equal $state [job_field 0 $id state]}
             assert_as_vanilla 0 $vanilla_port
             compare_and_finish $node $point $id
             assert_as_vanilla 2 $vanilla_port

@@ -1,0 +1,142 @@
+# CLUSTER FAILOVER, FORCE and TAKEOVER of either side, in any phase of a migration: it goes
+# on with the new masters, the slots have one owner, and whatever the replica had when it
+# was told is there. (With writers that go on: rivals-replicas.tcl, "PEERS 31".)
+# The shards are of nodes 0 and 3 (source), 1 and 4, 2 and 5 (target).
+#
+# SLOTMIG_MATRIX=all runs all rows, else each phase of each side has a turn with one kind.
+#
+# SPDX-License-Identifier: AGPL-3.0-only
+
+source tests/support/slot_migration.tcl
+
+set ::slots {3 4 5 6 7 8 9 10}
+set ::all_rows [expr {[info exists ::env(SLOTMIG_MATRIX)] && $::env(SLOTMIG_MATRIX) eq "all"}]
+
+# A phase, the states of source and target in it, and the fail point that holds it.
+set ::held_by {
+    waiting   waiting   connecting source source_before_fork
+    loading   snapshot  loading    target target_before_section
+    following streaming following  source source_before_cut
+    prepared  fenced    prepared   source source_before_commit
+    committed committed prepared   target target_before_takeover
+    taken     committed taken      target target_after_takeover
+    trimming  trimming  done       source source_before_trim
+}
+
+# Until it is the master: who has voted for one of its shard may refuse for a while.
+proc fail_over {n kind} {
+    for {set tries 0} {$tries < 3 && [status [Rn $n] role] ne "master"} {incr tries} {
+        assert_equal OK [R $n cluster failover {*}$kind]
+        for {set i 0} {$i < 550 && [status [Rn $n] role] ne "master"} {incr i} {after 10}
+    }
+    wait_promoted $n
+    set mate [shard_mate $n]
+    wait_for_condition 2000 10 {[status [Rn $mate] role] eq "slave"} else {fail "node $mate does not follow: [R $mate cluster nodes]"}
+}
+
+# Everything has come to rest: no job, no record; a shard has the slots with these keys, at
+# both of its nodes, and nobody else has one of them.
+proc assert_rest {shard before} {
+    for {set n 0} {$n < 6} {incr n} {
+        wait_for_condition 2000 10 {[jobs_running $n] == 0} else {fail "node $n goes on: [R $n cluster slot-migrations]"}
+    }
+    wait_replicas_up
+    wait_cluster_agrees
+    set owner [shard_master $shard]
+    foreach slot $::slots {assert_equal $owner [slot_owner 1 $slot] "owner of slot $slot"}
+    assert_same_dump $before [slots_dump $owner $::slots]
+    foreach m {0 1 2} {
+        wait_shard_agrees $m $::slots
+        if {$m == $shard} continue
+        foreach n [list $m [shard_mate $m]] {
+            wait_for_condition 500 10 {[keys_in_slots $n $::slots] eq ""} else {fail "node $n has [llength [keys_in_slots $n $::slots]] keys"}
+        }
+    }
+    for {set n 0} {$n < 6} {incr n} {
+        assert_equal 0 [exec sh -c "grep -c slotmig-handoff [lindex [R $n config get dir] 1]/[lindex [R $n config get cluster-config-file] 1] || true"] "records of node $n"
+    }
+    foreach slot $::slots {
+        assert_equal 1 [R $owner incr [key_in $slot probe]]
+        assert_equal 1 [R $owner del [key_in $slot probe]]
+    }
+}
+
+proc run_row {kind side phase} {
+    fresh_shards $::slots stay
+    set from [shard_master 0]
+    set to [shard_master 2]
+    fill_strings $from $::slots 800 100
+    set before [slots_dump $from $::slots]
+    foreach {name at_source at_target where point} $::held_by {if {$name eq $phase} break}
+    set node [dict get [list source $from target $to] $where]
+    failpoint $node $point pause
+    set id [migrate $from $to 3 10]
+    wait_job_state $from $id $at_source
+    wait_job_state $to $id $at_target
+    if {$phase in {waiting loading following}} {
+        foreach slot $::slots {R $from rpush [key_in $slot list] a b}
+        set before [slots_dump $from $::slots]
+    }
+    foreach n {0 2} {wait_shard_in_step $n}
+    set promoted [shard_mate [expr {$side eq "source" ? $from : $to}]]
+    set_failover_timeouts 1000
+    fail_over $promoted $kind
+    failpoint $node $point off
+    set_failover_timeouts 3000
+    assert_rest 2 $before
+    # Who took its master's place when all was over does not know it.
+    foreach n [list [shard_master 0] [shard_master 2]] {
+        if {![catch {job $n $id} job]} {assert_equal {done {}} [list [dict get $job state] [dict get $job last-error]]}
+    }
+}
+
+start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow-replica-migration no}} {
+    wait_replicas_up
+    set turn 0
+    foreach {side phase} {
+        source waiting
+        source loading
+        source following
+        source prepared
+        source committed
+        source taken
+        source trimming
+        target loading
+        target following
+        target prepared
+        target committed
+        target taken
+    } {
+        incr turn
+        foreach kind {"" FORCE TAKEOVER} index {0 1 2} {
+            if {!$::all_rows && $turn % 3 != $index} continue
+            test "[string trim "CLUSTER FAILOVER $kind"] of the $side while a job is $phase: it goes on, the slots have one owner, no key is lost" {
+                run_row $kind $side $phase
+            }
+        }
+    }
+
+    # It has no record and no vote is asked for: the target alone can tell.
+    test "CLUSTER FAILOVER TAKEOVER of a source's replica that has slept through all of the migration: the target keeps the slots" {
+        fresh_shards $::slots stay
+        set from [shard_master 0]
+        set to [shard_master 2]
+        set asleep [shard_mate $from]
+        fill_strings $from $::slots 800 100
+        wait_shard_in_step 0
+        set asleep_id [node_id $asleep]
+        set rd [redis_deferring_client -$asleep]
+        pause_process [node_pid $asleep]
+        wait_for_condition 1500 10 {[regexp "$asleep_id\[^\\n\]*slave,fail " [R $from cluster nodes]]} else {fail "nobody misses node $asleep: [R $from cluster nodes]"}
+        set id [migrate $from $to 3 10]
+        foreach n [list $from $to] {wait_job_state $n $id done}
+        foreach slot $::slots {R $to rpush [key_in $slot list] after}
+        set before [slots_dump $to $::slots]
+        $rd cluster failover takeover
+        resume_process [node_pid $asleep]
+        assert_equal OK [$rd read]
+        $rd close
+        wait_promoted $asleep
+        assert_rest 2 $before
+    }
+}

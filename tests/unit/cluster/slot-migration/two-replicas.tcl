@@ -1,0 +1,253 @@
+# Two replicas on each side: how many must have the slots, who is waited for, who of them is
+# promoted. Nodes n, n+3 and n+6 are a shard; slots 3 to 10 go between shards 0 and 2.
+#
+# SPDX-License-Identifier: AGPL-3.0-only
+
+source tests/support/slot_migration.tcl
+
+set ::slots {3 4 5 6 7 8 9 10}
+
+proc alive {} {
+    set nodes {}
+    for {set n 0} {$n < 9} {incr n} {if {[is_alive [node_pid $n]]} {lappend nodes $n}}
+    return $nodes
+}
+
+proc master_of {shard} {
+    foreach n [alive] {
+        if {$n % 3 == $shard && [status [Rn $n] role] eq "master"} {return $n}
+    }
+    return -1
+}
+
+proc replicas_of {shard} {
+    lmap n [alive] {if {$n % 3 != $shard || [status [Rn $n] role] eq "master"} continue; set n}
+}
+
+proc owner_seen_by {n slot} {
+    foreach range [R $n cluster slots] {
+        if {$slot >= [lindex $range 0] && $slot <= [lindex $range 1]} {return [lsearch -exact $::ids [lindex $range 2 2]]}
+    }
+    return -1
+}
+
+proc wait_shard_same {shard} {
+    set master [master_of $shard]
+    foreach n [replicas_of $shard] {
+        wait_for_condition 3000 10 {[status [Rn $n] master_link_status] eq "up" && [R $n dbsize] == [R $master dbsize] &&
+                                    [R $n debug digest] eq [R $master debug digest]} else {
+            fail "node $n has [R $n dbsize] keys, its master $master [R $master dbsize]"
+        }
+    }
+}
+
+# All nodes are there; the slots' owner, the other side's master.
+proc begin {} {
+    for {set n 0} {$n < 9} {incr n} {
+        if {[is_alive [node_pid $n]]} {exec kill -CONT [node_pid $n]} else {start_node_again $n}
+    }
+    set ::ids {}
+    for {set n 0} {$n < 9} {incr n} {
+        lappend ::ids [node_id $n]
+        failpoints_off $n
+        R $n config set cluster-node-timeout 1000
+        R $n config set cluster-replica-validity-factor 0
+        R $n config set cluster-replica-no-failover no
+        R $n config set cluster-slot-migration-write-pause-timeout 10000
+    }
+    foreach n [alive] {
+        if {[status [Rn $n] role] eq "master"} {R $n cluster cancel-slot-migrations all}
+    }
+    foreach n [alive] {
+        wait_for_condition 3000 10 {[jobs_running $n] == 0} else {fail "node $n: [R $n cluster slot-migrations]"}
+        if {[status [Rn $n] role] eq "master"} continue
+        wait_for_condition 3000 10 {[status [Rn $n] master_link_status] eq "up"} else {fail "node $n: [R $n info replication]"}
+    }
+    wait_for_condition 3000 10 {[master_of 0] != -1 && [master_of 1] != -1 && [master_of 2] != -1} else {fail "a shard has no master"}
+    foreach n [alive] {
+        wait_for_condition 3000 10 {[getInfoProperty [R $n cluster info] cluster_state] eq "ok" &&
+                                    [owner_seen_by $n 3] == [owner_seen_by 0 3] && [owner_seen_by 0 3] in [list [master_of 0] [master_of 2]]} else {
+            fail "node $n: [R $n cluster nodes]"
+        }
+    }
+    set from [owner_seen_by 0 3]
+    set to [master_of [expr {2 - $from%3}]]
+    foreach n [list $from $to] {
+        R $n flushall
+        wait_for_condition 3000 10 {[getInfoProperty [R $n info replication] connected_slaves] == 2} else {fail "node $n: [R $n info replication]"}
+    }
+    fill_strings $from $::slots 1000
+    foreach shard {0 2} {wait_shard_same $shard}
+    list $from $to
+}
+
+# One owner of this shard, seen by all who live; no key elsewhere, replicas the same, no job.
+proc assert_ended {shard before} {
+    foreach n [alive] {
+        wait_for_condition 3000 10 {[jobs_running $n] == 0} else {fail "node $n: [R $n cluster slot-migrations]"}
+        wait_for_condition 3000 10 {[owner_seen_by $n 3] == [master_of $shard]} else {
+            fail "node $n sees slot 3 at node [owner_seen_by $n 3], expected [master_of $shard]: [R $n cluster nodes]"
+        }
+        foreach slot $::slots {assert_equal [owner_seen_by $n 3] [owner_seen_by $n $slot]}
+    }
+    assert_same_dump $before [slots_dump [master_of $shard] $::slots]
+    foreach other {0 1 2} {
+        wait_shard_same $other
+        foreach slot $::slots {
+            if {$other != $shard} {assert_equal 0 [R [master_of $other] cluster countkeysinslot $slot] "slot $slot in shard $other"}
+        }
+    }
+}
+
+proc start_job {from to args} {
+    lindex [R $from cluster migrate-slots slotsrange 3 10 node [node_id $to] {*}$args] 0
+}
+
+proc wait_ended {from to id} {
+    wait_job_ended $from $id
+    wait_job_ended $to $id
+}
+
+start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless-sync-delay 0}} {
+    foreach wait {0 1 2} {
+        test "Of two replicas of the target $wait must have the slots: WAITREPLICAS, with one that does not prepare" {
+            lassign [begin] from to
+            set lame [lindex [replicas_of [expr {$to%3}]] 0]
+            set before [slots_dump $from $::slots]
+            failpoint $lame target_replica_prepared pause
+            R $from config set cluster-slot-migration-write-pause-timeout 500
+            set id [start_job $from $to waitreplicas $wait]
+            if {$wait == 2} {
+                wait_for_condition 2000 10 {[job_field $from $id attempt] >= 2} else {fail "[job $from $id]"}
+                wait_for_condition 2000 10 {[string match "*1 of 2 replicas have the slots*" [job_field $to $id reason]]} else {fail "[job $to $id]"}
+                R $from set [key_in 5 meanwhile] yes
+                R $from del [key_in 5 meanwhile]
+                failpoint $lame target_replica_prepared off
+            }
+            wait_job_state $from $id done
+            failpoint $lame target_replica_prepared off
+            assert_ended [expr {$to%3}] $before
+        }
+    }
+
+    test "A replica of the target that hangs holds up only who waits for it" {
+        lassign [begin] from to
+        set lame [lindex [replicas_of [expr {$to%3}]] 1]
+        set before [slots_dump $from $::slots]
+        foreach n [alive] {R $n config set cluster-node-timeout 60000}
+        set id [start_job $from $to waitreplicas 2 hold]
+        wait_job_state $from $id streaming
+        exec kill -STOP [node_pid $lame]
+        R $from set [key_in 5 meanwhile] yes
+        R $from del [key_in 5 meanwhile]
+        R $from cluster alter-slot-migration id $id release
+        wait_for_condition 3000 10 {[string match "*fewer than 2 of 2 replicas have the snapshot and follow*" [job_field $to $id reason]] ||
+                                    [string match "*replicas have the slots*" [job_field $to $id reason]] ||
+                                    [string match "*of writes to the slots*" [job_field $from $id reason]]} else {
+            fail "[job $from $id] [job $to $id]"
+        }
+        assert_equal 0 [job_ended [job_field $from $id state]]
+        R $from cluster alter-slot-migration id $id waitreplicas 1
+        wait_job_state $from $id done
+        exec kill -CONT [node_pid $lame]
+        assert_ended [expr {$to%3}] $before
+    }
+
+    test "A replica of the source that was not told of the hand-off is waited for, until it is there or FAIL" {
+        foreach how {returns fails} {
+            lassign [begin] from to
+            set lame [lindex [replicas_of [expr {$from%3}]] 0]
+            set before [slots_dump $from $::slots]
+            if {$how eq "returns"} {foreach n [alive] {R $n config set cluster-node-timeout 60000}}
+            set id [start_job $from $to hold]
+            wait_job_state $from $id streaming
+            exec kill -STOP [node_pid $lame]
+            R $from cluster alter-slot-migration id $id release
+            if {$how eq "returns"} {
+                wait_for_condition 3000 10 {[string match "*[lindex $::ids $lame]*" [job_field $from $id reason]]} else {fail "[job $from $id]"}
+                assert_equal 0 [job_ended [job_field $from $id state]]
+                exec kill -CONT [node_pid $lame]
+            }
+            wait_job_state $from $id done
+            exec kill -CONT [node_pid $lame]
+            assert_ended [expr {$to%3}] $before
+        }
+    }
+
+    # Where the target's master dies, whether who is promoted was prepared, and whose the
+    # slots are in the end.
+    foreach {point at prepared} {
+        target_before_section 2 0
+        source_before_cut     0 1
+        source_before_commit  0 1
+        source_before_commit  0 0
+        target_before_takeover 2 1
+        target_before_takeover 2 0
+    } {
+        test "The target dies ($point), of its two replicas one that is [expr {$prepared ? {} : {not }}]prepared is promoted" {
+            lassign [begin] from to
+            set before [slots_dump $from $::slots]
+            lassign [replicas_of [expr {$to%3}]] a b
+            # `b` is not prepared, if anybody is.
+            if {$point in {source_before_commit target_before_takeover}} {failpoint $b target_replica_prepared pause}
+            R [expr {$prepared ? $b : $a}] config set cluster-replica-no-failover yes
+            set node [expr {$at == 0 ? $from : $to}]
+            failpoint $node $point [expr {$point eq "target_before_takeover" ? "crash" : "pause"}]
+            set id [start_job $from $to waitreplicas 1]
+            switch $point {
+                target_before_section {wait_job_state $from $id snapshot}
+                source_before_cut {wait_job_state $from $id streaming}
+                source_before_commit {
+                    wait_job_state $to $id prepared
+                    wait_job_state $a $id prepared
+                }
+                target_before_takeover {wait_node_dead $to}
+            }
+            if {$point ne "target_before_takeover"} {kill_node $to}
+            wait_for_condition 3000 10 {[master_of [expr {$to%3}]] != -1} else {fail "nobody is promoted"}
+            set new [master_of [expr {$to%3}]]
+            assert_equal [expr {$prepared ? $a : $b}] $new
+            foreach n [list $from $a $b] {failpoints_off $n}
+            wait_job_state $from $id done
+            assert_ended [expr {$to%3}] $before
+            start_node_again $to
+            assert_ended [expr {$to%3}] $before
+        }
+    }
+
+    test "Both replicas of the target are gone: the job says for what it waits, and goes on when it need not" {
+        lassign [begin] from to
+        set before [slots_dump $from $::slots]
+        set id [start_job $from $to hold]
+        wait_job_state $from $id streaming
+        set both [replicas_of [expr {$to%3}]]
+        foreach n $both {kill_node $n}
+        R $from cluster alter-slot-migration id $id release
+        wait_for_condition 3000 10 {[string match "*replicas have the snapshot and follow*" [job_field $to $id reason]]} else {fail "[job $to $id]"}
+        assert_equal 0 [job_ended [job_field $from $id state]]
+        R $from set [key_in 5 meanwhile] yes
+        R $from del [key_in 5 meanwhile]
+        R $from cluster alter-slot-migration id $id waitreplicas 0
+        wait_job_state $from $id done
+        foreach n $both {start_node_again $n}
+        assert_ended [expr {$to%3}] $before
+    }
+
+    test "A replica comes to the target in mid-job, from another shard: it has the slots with the others" {
+        lassign [begin] from to
+        set before [slots_dump $from $::slots]
+        set id [start_job $from $to waitreplicas 2 hold]
+        wait_job_state $from $id streaming
+        set new [lindex [replicas_of 1] 0]
+        R $new cluster replicate [node_id $to]
+        wait_for_condition 3000 10 {[status [Rn $new] master_link_status] eq "up"} else {fail "node $new: [R $new info replication]"}
+        wait_job_state $new $id following
+        R $to cluster alter-slot-migration id $id waitreplicas 3
+        R $from cluster alter-slot-migration id $id release
+        wait_job_state $from $id done
+        wait_job_state $new $id done
+        wait_for_condition 3000 10 {[R $new debug digest] eq [R $to debug digest]} else {fail "node $new differs"}
+        R $new cluster replicate [node_id [master_of 1]]
+        assert_ended [expr {$to%3}] $before
+    }
+}
