@@ -6,6 +6,7 @@
 #   BUILD=DIR        the build directory; another one is a wholly separate build
 #   UPSTREAM=FILE    use this orig tarball of upstream's instead of asking apt
 #   ONLY=VERSION     accept this upstream version alone
+#   SUITE=SUITE      of make deb and make test-deb: in a chroot of that suite
 #   FORCE=1          give up edits of the assembled tree that stand in the way
 #   PYTHON=PROGRAM   let upstream's Makefile regenerate commands.def and the like
 #
@@ -16,6 +17,7 @@ BUILD = build
 CACHE = $(BUILD)
 UPSTREAM =
 ONLY =
+SUITE =
 FORCE =
 
 tree = $(BUILD)/redis
@@ -24,7 +26,7 @@ programs = redis-server redis-sentinel redis-cli redis-benchmark redis-check-rdb
 
 # Ours are not for upstream's Makefiles to see. Without python they take the
 # generated files as they are, which is what a user's machine should do.
-MAKEOVERRIDES := $(filter-out BUILD=% CACHE=% UPSTREAM=% ONLY=% FORCE=%,$(MAKEOVERRIDES))
+MAKEOVERRIDES := $(filter-out BUILD=% CACHE=% UPSTREAM=% ONLY=% SUITE=% FORCE=%,$(MAKEOVERRIDES))
 python := $(if $(filter command line,$(origin PYTHON)),$(PYTHON))
 upstream_make = $(MAKE) --no-print-directory -C $(tree)/src PYTHON='$(python)'
 
@@ -96,7 +98,22 @@ check-upstreams: ## assemble and compile every upstream version that the lock ac
 dist: assemble ## write the source tarball, which builds anywhere with plain make
 	@deps/redis/dist '$(BUILD)'
 
-.PHONY: test check test-upstream test-big demo
+# In a chroot of another suite nothing is installed here; what it is made from is fetched here.
+.PHONY: deb
+ifeq ($(SUITE),)
+deb: assemble ## build Debian packages, in build/deb (SUITE=trixie: for trixie, in build/deb-trixie)
+	@deps/redis/deb '$(BUILD)'
+else
+deb: $(if $(UPSTREAM)$(ONLY),fetch,$(fetched))
+	@utils/check-in-chroot --take '$(BUILD)/state' --take '$(CACHE)/download' --bring '$(BUILD)/deb-$(SUITE)' '$(SUITE)' -- \
+	    "utils/install-deps build deb && deps/redis/deb '$(BUILD)' '$(BUILD)/deb-$(SUITE)'"
+endif
+
+.PHONY: test-deb
+test-deb: ## install the packages over the distribution's in a chroot (SUITE=trixie), and back
+	tests/deb $(if $(SUITE),'$(SUITE)',trixie) $(ONLY)
+
+.PHONY: test check test-upstream test-big test-clients demo bench bench-quick
 check: ## our tests and the nearest of upstream's
 	tests/run --quick
 test: ## our tests, upstream's main and cluster suites
@@ -105,8 +122,14 @@ test-upstream: ## as test, and upstream's module API and sentinel suites
 	tests/run --all
 test-big: ## gigabytes, millions of keys, all slots: does any turn of the event loop get long?
 	tests/run --big
+test-clients: all ## client libraries of npm, Python and C while slots move: does any notice?
+	BUILD='$(BUILD)' tests/clients/run
 demo: ## a cluster of several nodes that moves slots before your eyes
 	utils/demo
+bench-quick: ## this server, its classic procedure, Redis 8.6 and Valkey 9.1 side by side, in five minutes
+	utils/bench --quick 1
+bench: ## the same with gigabytes, all loads and replicas, three rounds: some hours
+	utils/bench
 
 .PHONY: clean
 clean: ## remove what was compiled; the next make compiles everything

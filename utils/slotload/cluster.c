@@ -190,12 +190,12 @@ static void finish(request *rq, redisReply *reply, const char *failure) {
 /* Send the request again after a while, or give it up when it is too old. */
 static void postpone(request *rq, int wait, const char *why) {
     int64_t now = nowUs();
-    int64_t since = rq->intended ? rq->intended : rq->sent;
-    if (since && now - since > settings.retryFor) {
+    /* Each sending sets rq->sent anew: the first one counts. */
+    if (!rq->intended) rq->intended = rq->sent ? rq->sent : now;
+    if (now - rq->intended > settings.retryFor) {
         finish(rq, NULL, why);
         return;
     }
-    if (!since) rq->intended = now;
     rq->why = why;
     rq->due = now + waitUs[wait];
     push(&delayed[wait], rq);

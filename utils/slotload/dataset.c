@@ -12,6 +12,9 @@
  *         expire, vector sets, HyperLogLogs, binary and empty strings; mostly
  *         small, every 40th so big that it has the type's other encoding.
  *
+ * With --slots, only the keys of these slots, as many as make up the bytes. With
+ * --giant, one hash and nothing else: the key whose slot is the first of --slots.
+ *
  * A share of the keys expires. All times are absolute and in the year 2100, and
  * all contents come from the seed, so the same command makes the same data
  * whenever it runs. Contents are letters and digits at random: like most real
@@ -138,9 +141,15 @@ void dataStringKey(char *buffer, size_t size, long long index) {
     snprintf(buffer, size, "s:%lld", index);
 }
 
-static void loadString(long long n) {
+static int wanted(int slot) {
+    return opt.slots.count == 0 || opt.slots.in[slot];
+}
+
+/* Each of these returns how many keys it has made, 0 or 1. */
+static int loadString(long long n) {
     char key[32];
     int slot = startKey(key, sizeof(key), "s:%lld", n);
+    if (!wanted(slot)) return 0;
     argText("SET");
     argText(key);
     argValue(100);
@@ -150,11 +159,13 @@ static void loadString(long long n) {
         expiring++;
     }
     sendCommand(slot);
+    return 1;
 }
 
-static void loadHash(const char *format, long long n, int fields) {
+static int loadHash(const char *format, long long n, int fields) {
     char key[32];
     int slot = startKey(key, sizeof(key), format, n);
+    if (!wanted(slot)) return 0;
     argText("HSET");
     argText(key);
     for (int i = 0; i < fields; i++) {
@@ -163,6 +174,27 @@ static void loadHash(const char *format, long long n, int fields) {
     }
     sendCommand(slot);
     maybeExpire(key, slot);
+    return 1;
+}
+
+/* One hash of so many bytes, in pieces, in the first of the slots. */
+static void loadGiant(int64_t bytes) {
+    const int pieces = 1000;
+    char key[32];
+    long long n = 0, field = 0;
+    int first = 0, slot;
+
+    while (opt.slots.count && !opt.slots.in[first]) first++;
+    do slot = startKey(key, sizeof(key), "G:%lld", n++); while (slot != first);
+    while (loaded < bytes) {
+        argText("HSET");
+        argText(key);
+        for (int i = 0; i < pieces; i++) {
+            argPrint("f%lld", field++);
+            argValue(95);
+        }
+        sendCommand(slot);
+    }
 }
 
 static void loadStream(const char *key, int slot, int entries) {
@@ -205,6 +237,8 @@ static int loadSmall(int kind, long long n, int big) {
     char key[32];
     int slot = startKey(key, sizeof(key), names[kind], n);
     int count = big ? 600 : 12;
+
+    if (!wanted(slot)) return 0;
 
     switch (kind) {
     case SMALL_INT:
@@ -296,13 +330,14 @@ static int loadSmall(int kind, long long n, int big) {
 static void vectorsKnown(request *rq, redisReply *reply, const char *failure) {
     (void)rq;
     (void)failure;
-    hasVectors = reply && reply->type == REDIS_REPLY_ARRAY && reply->elements == 1 &&
+    hasVectors = !opt.noVectors && reply && reply->type == REDIS_REPLY_ARRAY && reply->elements == 1 &&
                  reply->element[0]->type == REDIS_REPLY_ARRAY && reply->element[0]->elements > 0;
 }
 
 int commandLoad(void) {
     static const char letters[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-";
-    long long strings = 0, hashes = 0, huge = 0, small[SMALL_KINDS] = {0};
+    long long strings = 0, hashes = 0, huge = 0, small[SMALL_KINDS] = {0}, n;
+    long long stringNames = 0;
     int64_t start = nowUs(), before;
 
     state = opt.seed + 1;
@@ -318,10 +353,15 @@ int commandLoad(void) {
     int64_t bigBytes = (int64_t)((double)opt.bytes*opt.bigShare);
     int64_t hugeBytes = (int64_t)((double)opt.bytes*opt.hugeShare);
     int64_t stringBytes = (int64_t)((double)opt.bytes*opt.stringShare);
-    for (before = loaded; loaded - before < bigBytes; hashes++) loadHash("h:%lld", hashes, 1000);
-    for (before = loaded; loaded - before < hugeBytes; huge++) loadHash("H:%lld", huge, 10000);
-    for (before = loaded; loaded - before < stringBytes; strings++) loadString(strings);
-    for (long long n = 0; loaded < opt.bytes; n++) {
+    if (opt.giant) {
+        opt.bytes = opt.giant;
+        loadGiant(opt.giant);
+        bigBytes = hugeBytes = stringBytes = 0;
+    }
+    for (before = loaded, n = 0; loaded - before < bigBytes; n++) hashes += loadHash("h:%lld", n, 1000);
+    for (before = loaded, n = 0; loaded - before < hugeBytes; n++) huge += loadHash("H:%lld", n, 10000);
+    for (before = loaded; loaded - before < stringBytes; stringNames++) strings += loadString(stringNames);
+    for (n = 0; loaded < opt.bytes; n++) {
         int kind = (int)(n % SMALL_KINDS);
         long long index = n / SMALL_KINDS;
         small[kind] += loadSmall(kind, index, index % BIG_EVERY == BIG_EVERY-1);
@@ -329,13 +369,14 @@ int commandLoad(void) {
     while (clusterPending()) clusterPoll(nowUs() + 10000, -1, NULL);
     if (!opt.hideProgress) fprintf(stderr, "\r                              \r");
 
-    long long keys = strings + hashes + huge;
+    long long keys = strings + hashes + huge + (opt.giant != 0);
     for (int i = 0; i < SMALL_KINDS; i++) keys += small[i];
     double seconds = (double)(nowUs()-start)/1e6;
     reportInteger("bytes", loaded);
     reportInteger("keys", keys);
     reportInteger("expiring_keys", expiring);
     reportInteger("strings", strings);
+    reportInteger("string_names", stringNames); /* Tried: --data-keys of `run`. */
     reportInteger("hashes_100kb", hashes);
     reportInteger("hashes_1mb", huge);
     for (int i = 0; i < SMALL_KINDS; i++) reportInteger(smallNames[i], small[i]);

@@ -2,10 +2,12 @@
  *
  * SPDX-License-Identifier: AGPL-3.0-only */
 
+#include <errno.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "slotload.h"
 
@@ -32,16 +34,19 @@ static const char *help =
 "  run      read and write at a steady rate; report latency, redirections, losses\n"
 "  verify   look whether the writes in a journal of `run` are still there\n"
 "  digest   one number for the contents of slots; keys left on the wrong node\n"
+"  watch    how long servers are deaf to PING, their processor time and memory\n"
 "\n"
 "All:     --output FILE          the report; else standard output\n"
 "         --flat                 as lines \"path.of.names value\"; else JSON\n"
 "         --seed N               1\n"
 "         --connections N        to each node, 4\n"
 "         --user NAME --password TEXT\n"
-"         --slots A-B[,C-D...]   run: the moving slots; digest: the slots (all)\n"
+"         --slots A-B[,C-D...]   run: the moving slots; digest, load: the slots (all)\n"
 "load:    --bytes N[kb|mb|gb]    300mb\n"
 "         --shares BIG:HUGE:STRINGS   of the bytes, 0.40:0.20:0.35; other types get the rest\n"
 "         --ttl-share X          of the keys, 0.10\n"
+"         --giant N[kb|mb|gb]    nothing but one hash of this size, in the first of the slots\n"
+"         --no-vectors           no vector sets, which not all servers have\n"
 "         --quiet                no line of progress on a terminal\n"
 "run:     --rate N               operations a second, 1000\n"
 "         --seconds X            else until \"stop\" on standard input, SIGINT or SIGTERM\n"
@@ -50,6 +55,7 @@ static const char *help =
 "         --multi-share X        MSET/MGET of two keys, 0.2\n"
 "         --data-keys N          how many strings `load` made: to read them too\n"
 "         --data-share X         of the reads, 0.5\n"
+"         --data-moving          `load` had the same --slots: no strings elsewhere\n"
 "         --keys N               written, in moving and other slots each, 5000\n"
 "         --value-size N         of MSET's values, 100\n"
 "         --uniform              equal gaps between arrivals, not Poisson's\n"
@@ -59,6 +65,8 @@ static const char *help =
 "                                max in ms since the last time, MOVED, ASK, failures so far\n"
 "         --laps FILE            a line for each \"lap\" on standard input: slowest write and longest\n"
 "                                time without one on moving slots since the last, in microseconds\n"
+"         --timeline FILE        ten times a second \"us set operation count p50 p99 max\" of what\n"
+"                                ended since, in microseconds; \"us phase NAME\" in between\n"
 "         --retry-for X          seconds until an operation is given up, 10\n"
 "         --timeout X            seconds until a silent connection is closed, 20\n"
 "         --drain X              seconds to wait for the last answers, 15\n"
@@ -67,6 +75,9 @@ static const char *help =
 "verify:  --journal FILE\n"
 "digest:  --exclude PREFIX       keys to leave out, for instance load:\n"
 "         --list FILE            \"slot key hash expiretime\" of every key, to find where two runs differ\n"
+"watch:   --node NAME=HOST:PORT/PID   of each server\n"
+"         --timeline FILE        \"us stall|memory|cpu NAME ...\" twenty times a second\n"
+"         until \"stop\" on standard input; \"phase NAME\" as for run\n"
 "\n"
 "Status: 0 all well, 1 it could not run, 2 a write lost or a read wrong.\n";
 
@@ -101,6 +112,27 @@ uint64_t randomNext(uint64_t *state) {
 
 double randomUnit(uint64_t *state) {
     return (double)(randomNext(state) >> 11) / 9007199254740992.0;
+}
+
+/* Give what there is on standard input to 'obey', line by line. Returns 0 when
+ * standard input is at its end. */
+int readLines(void (*obey)(char *line)) {
+    static char line[128];
+    static size_t length;
+    char chunk[128];
+
+    ssize_t n = read(0, chunk, sizeof(chunk));
+    if (n <= 0) return n == -1 && (errno == EINTR || errno == EAGAIN);
+    for (ssize_t i = 0; i < n; i++) {
+        if (chunk[i] == '\n') {
+            line[length] = '\0';
+            obey(line);
+            length = 0;
+        } else if (length < sizeof(line)-1) {
+            line[length++] = chunk[i];
+        }
+    }
+    return 1;
 }
 
 static double parseNumber(const char *option, const char *text, double low, double high) {
@@ -151,17 +183,33 @@ static void parseAddress(char *text) {
     opt.cluster.port = (int)parseNumber("port", colon+1, 1, 65535);
 }
 
+/* NAME=HOST:PORT/PID */
+static void parseNode(char *text) {
+    if (opt.watchedCount == MAX_WATCHED) die("--node: at most %d of them", MAX_WATCHED);
+    watchedNode *n = &opt.watched[opt.watchedCount++];
+    char *equals = strchr(text, '='), *slash = strrchr(text, '/');
+    char *colon = slash ? memrchr(text, ':', (size_t)(slash-text)) : NULL;
+    if (!equals || !colon || colon < equals) die("--node: NAME=HOST:PORT/PID, not \"%s\"", text);
+    *equals = *colon = *slash = '\0';
+    n->name = text;
+    n->host = equals+1;
+    n->port = (int)parseNumber("--node: port", colon+1, 1, 65535);
+    n->pid = (int)parseNumber("--node: pid", slash+1, 1, 1e9);
+}
+
 /* Options without a value. Returns 0 for another. */
 static int parseFlag(const char *o) {
     if (!strcmp(o, "--flat")) opt.format = REPORT_FLAT;
     else if (!strcmp(o, "--quiet")) opt.hideProgress = 1;
     else if (!strcmp(o, "--uniform")) opt.uniform = 1;
     else if (!strcmp(o, "--no-verify")) opt.noVerify = 1;
+    else if (!strcmp(o, "--no-vectors")) opt.noVectors = 1;
+    else if (!strcmp(o, "--data-moving")) opt.dataMoving = 1;
     else return 0;
     return 1;
 }
 
-static void parseOption(const char *o, const char *v) {
+static void parseOption(const char *o, char *v) {
     if (!strcmp(o, "--output")) opt.output = v;
     else if (!strcmp(o, "--seed")) opt.seed = strtoull(v, NULL, 10);
     else if (!strcmp(o, "--connections")) opt.cluster.connections = (int)parseNumber(o, v, 1, 64);
@@ -176,6 +224,9 @@ static void parseOption(const char *o, const char *v) {
             die("%s: three shares that make at most 1, as 0.4:0.2:0.35, not \"%s\"", o, v);
     }
     else if (!strcmp(o, "--ttl-share")) opt.ttlShare = parseNumber(o, v, 0, 1);
+    else if (!strcmp(o, "--giant")) opt.giant = parseBytes(o, v);
+    else if (!strcmp(o, "--node")) parseNode(v);
+    else if (!strcmp(o, "--timeline")) opt.timeline = v;
     else if (!strcmp(o, "--rate")) opt.rate = parseNumber(o, v, 1, 1e7);
     else if (!strcmp(o, "--seconds")) opt.seconds = parseNumber(o, v, 0, 1e7);
     else if (!strcmp(o, "--warmup")) opt.warmup = parseNumber(o, v, 0, 1e5);
@@ -223,6 +274,7 @@ int main(int argc, char **argv) {
     } commands[] = {
         { "load", commandLoad }, { "run", commandRun },
         { "verify", commandVerify }, { "digest", commandDigest },
+        { "watch", commandWatch },
     };
 
     parse(argc, argv);

@@ -25,14 +25,15 @@
  * was acknowledged before the read was sent, a key of the data set must exist.
  * At the end all written keys are read back (keys.c).
  *
+ * The timeline has the latencies of what *ended* in each tenth of a second, by the
+ * monotonic clock that `watch` uses as well: the two can be laid over each other.
+ *
  * The run ends after --seconds, at "stop" on standard input, SIGINT or SIGTERM. */
 
-#include <errno.h>
 #include <math.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "hdr_histogram.h"
 #include "slotload.h"
@@ -42,6 +43,8 @@ enum { KIND_COUNTER, KIND_PAIR, KIND_DATA };
 
 #define LONGEST_US (120LL*1000000)  /* The histograms' upper end. */
 #define DIGITS 3
+#define DIGITS_TIMELINE 2           /* Emptied ten times a second: small. */
+#define TIMELINE_US 100000
 #define MOST_ERRORS 24              /* Different texts kept a phase. */
 #define MOST_A_TURN 512             /* Operations started before replies are read. */
 #define MOST_PENDING 2000000        /* Then the servers are hopelessly behind. */
@@ -55,7 +58,7 @@ typedef struct phase {
     char name[24];
     int64_t began, lasted;
     long long started[SETS][OPS], succeeded[SETS][OPS], failed;
-    long long stale, torn, missing;
+    long long stale, torn, missing, unsent;
     int64_t longestGap[SETS];
     struct hdr_histogram *latency[SETS][OPS];
     struct hdr_histogram *lag;
@@ -67,7 +70,8 @@ static int phaseCount;
 static int current;                     /* Index into phases. */
 static int64_t lastWrite[SETS];
 static int64_t lapWrite, lapGap;        /* Of the moving slots, in this lap. */
-static FILE *laps;
+static FILE *laps, *timeline;
+static struct hdr_histogram *recent[SETS][OPS]; /* Since the timeline's last line. */
 static struct hdr_histogram *interval;  /* Since the last line of state. */
 static long long intervalDone;
 static long long *dataKeys[SETS];
@@ -110,6 +114,7 @@ static void enterPhase(const char *name, int64_t now) {
         p->lag = newHistogram();
     }
     p->began = now;
+    if (timeline) fprintf(timeline, "%lld phase %s\n", (long long)now, name);
     for (int set = 0; set < SETS; set++) if (lastWrite[set]) lastWrite[set] = now;
 }
 
@@ -149,6 +154,7 @@ static void succeed(request *rq) {
     if (took > LONGEST_US) took = LONGEST_US;
     hdr_record_value(p->latency[set][op], took);
     hdr_record_value(interval, took);
+    if (timeline) hdr_record_value(recent[set][op], took);
     intervalDone++;
     p->succeeded[set][op]++;
     if (op == OP_WRITE) {
@@ -303,7 +309,7 @@ static void dropWaiting(void) {
             while (k->waiting) {
                 request *rq = k->waiting;
                 k->waiting = rq->next;
-                countError(&phases[rq->phase], "not sent before the end of the run");
+                phases[rq->phase].unsent++;
                 free(rq);
             }
         }
@@ -320,6 +326,7 @@ static void findDataKeys(void) {
         char key[32];
         dataStringKey(key, sizeof(key), i);
         int set = opt.slots.in[keySlot(key, strlen(key))] ? SET_MOVING : SET_OTHER;
+        if (opt.dataMoving && set == SET_OTHER) continue;
         dataKeys[set][dataCount[set]++] = i;
     }
 }
@@ -337,7 +344,8 @@ static void endLap(void) {
     lapWrite = lapGap = 0;
 }
 
-static void obey(char *line, int64_t now) {
+static void obey(char *line) {
+    int64_t now = nowUs();
     char name[24];
     double rate;
     if (sscanf(line, "phase %23s", name) == 1) enterPhase(name, now);
@@ -345,26 +353,6 @@ static void obey(char *line, int64_t now) {
     else if (!strcmp(line, "lap")) endLap();
     else if (!strncmp(line, "stop", 4)) stopSignal = 1;
     else if (line[0]) fprintf(stderr, "slotload: not understood: %s\n", line);
-}
-
-/* Returns 0 when standard input is at its end. */
-static int readCommands(int64_t now) {
-    static char line[128];
-    static size_t length;
-    char chunk[128];
-
-    ssize_t n = read(0, chunk, sizeof(chunk));
-    if (n <= 0) return n == -1 && (errno == EINTR || errno == EAGAIN);
-    for (ssize_t i = 0; i < n; i++) {
-        if (chunk[i] == '\n') {
-            line[length] = '\0';
-            obey(line, now);
-            length = 0;
-        } else if (length < sizeof(line)-1) {
-            line[length++] = chunk[i];
-        }
-    }
-    return 1;
 }
 
 /* One line for whoever shows progress. */
@@ -391,6 +379,29 @@ static void writeStatus(int64_t passed) {
     }
     hdr_reset(interval);
     intervalDone = 0;
+}
+
+/* ---------------------------------------------------------------- timeline */
+
+static void openTimeline(void) {
+    if (!opt.timeline) return;
+    if (!(timeline = fopen(opt.timeline, "w"))) die("cannot write %s", opt.timeline);
+    for (int set = 0; set < SETS; set++)
+        for (int op = 0; op < OPS; op++)
+            if (hdr_init(1, LONGEST_US, DIGITS_TIMELINE, &recent[set][op]) != 0) die("out of memory");
+}
+
+static void writeTimeline(int64_t now) {
+    for (int set = 0; timeline && set < SETS; set++) {
+        for (int op = 0; op < OPS; op++) {
+            struct hdr_histogram *h = recent[set][op];
+            if (!h->total_count) continue;
+            fprintf(timeline, "%lld %s %s %lld %lld %lld %lld\n", (long long)now, setName[set], opName[op],
+                (long long)h->total_count, (long long)hdr_value_at_percentile(h, 50),
+                (long long)hdr_value_at_percentile(h, 99), (long long)hdr_max(h));
+            hdr_reset(h);
+        }
+    }
 }
 
 /* ------------------------------------------------------------------- report */
@@ -448,6 +459,7 @@ static void reportPhase(phase *p, const redirections *r) {
     reportInteger("torn", p->torn);
     reportInteger("missing", p->missing);
     reportInteger("failed", p->failed);
+    reportInteger("unsent", p->unsent);
     reportInteger("generator_lag_p99_us", hdr_value_at_percentile(p->lag, 99));
     reportInteger("generator_lag_max_us", p->lag->total_count ? hdr_max(p->lag) : 0);
     reportOpen("errors");
@@ -512,6 +524,7 @@ int commandRun(void) {
     findDataKeys();
     interval = newHistogram();
     if (opt.laps && !(laps = fopen(opt.laps, "w"))) die("cannot write %s", opt.laps);
+    openTimeline();
     memset(clusterRedirections, 0, sizeof(clusterRedirections));
 
     signal(SIGINT, onSignal);
@@ -520,7 +533,7 @@ int commandRun(void) {
 
     int64_t began = nowUs(), now = began;
     int64_t warm = began + (int64_t)(opt.warmup*1e6);
-    int64_t statusAt = began + 500000, statusFrom = began;
+    int64_t statusAt = began + 500000, statusFrom = began, timelineAt = began + TIMELINE_US;
     int64_t end = opt.seconds > 0 ? warm + (int64_t)(opt.seconds*1e6) : INT64_MAX;
     double next = (double)began;
     int input = 0, ready;
@@ -538,12 +551,17 @@ int commandRun(void) {
         if (clusterPending() > MOST_PENDING) die("run: %d requests without an answer", MOST_PENDING);
         int64_t until = (int64_t)ceil(next);
         if (statusAt < until) until = statusAt;
+        if (timeline && timelineAt < until) until = timelineAt;
         clusterPoll(until, input, &ready);
         now = nowUs();
-        if (ready && !readCommands(now)) input = -1;
+        if (ready && !readLines(obey)) input = -1;
         if (phaseSignal) {
             phaseSignal = 0;
             nextPhase(now);
+        }
+        if (now >= timelineAt) {
+            writeTimeline(now);
+            timelineAt = now + TIMELINE_US;
         }
         if (now >= statusAt) {
             writeStatus(now - statusFrom);
@@ -556,6 +574,9 @@ int commandRun(void) {
     stopping = 1;
     if (laps && fclose(laps) != 0) die("cannot write %s", opt.laps);
     laps = NULL;
+    writeTimeline(nowUs());
+    if (timeline && fclose(timeline) != 0) die("cannot write %s", opt.timeline);
+    timeline = NULL;
     int64_t drainEnd = nowUs() + (int64_t)(opt.drain*1e6);
     while (clusterPending() && nowUs() < drainEnd) clusterPoll(nowUs() + 10000, -1, NULL);
     clusterAbandon("no answer before the end of the run");

@@ -10,6 +10,7 @@
  *   keys.c     the keys that `run` writes, and whether each write is still there
  *   run.c      `run`     open-loop reads and writes, latency histograms
  *   digest.c   `digest`  one number for the contents of a range of slots
+ *   watch.c    `watch`   stalls, processor time and memory of server processes
  *   report.c   results as JSON or as "name value" lines
  *
  * Everything runs in one thread around one ppoll() loop. */
@@ -116,6 +117,14 @@ typedef struct slotRanges {
 void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 uint64_t randomNext(uint64_t *state);
 double randomUnit(uint64_t *state);     /* In [0,1). */
+int readLines(void (*obey)(char *line)); /* From standard input; 0 at its end. */
+
+/* A server process for `watch`. */
+typedef struct watchedNode {
+    const char *name, *host;
+    int port, pid;
+} watchedNode;
+#define MAX_WATCHED 32
 
 typedef struct options {
     clusterOptions cluster;
@@ -128,6 +137,8 @@ typedef struct options {
     int64_t bytes;
     double bigShare, hugeShare, stringShare;
     double ttlShare;
+    int64_t giant;                      /* Bytes of one more hash, alone in the data. */
+    int noVectors;
     int hideProgress;
     /* run */
     double rate;
@@ -138,6 +149,8 @@ typedef struct options {
     int keys;                           /* Written, in moving and in other slots each. */
     int valueSize;
     long long dataKeys;                 /* Strings that `load` has made. */
+    int dataMoving;                     /* It made them in the moving slots only. */
+    const char *timeline;               /* File with a line for each tenth of a second. */
     const char *firstPhase;
     const char *status;                 /* File with a line of the present state. */
     const char *journal;
@@ -147,6 +160,9 @@ typedef struct options {
     /* digest */
     const char *list;                   /* File for each key's hash. */
     const char *exclude;                /* Prefix of keys that are left out. */
+    /* watch */
+    watchedNode watched[MAX_WATCHED];
+    int watchedCount;
 } options;
 
 extern options opt;
@@ -157,6 +173,7 @@ int commandLoad(void);
 int commandRun(void);
 int commandVerify(void);
 int commandDigest(void);
+int commandWatch(void);
 
 void dataStringKey(char *buffer, size_t size, long long index);
 
