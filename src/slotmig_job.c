@@ -567,6 +567,7 @@ void slotmigBeforeSleep(void) {
     if (!started) {
         started = 1;
         slotmigGivenDropped();
+        slotmigLackingStart();
         slotmigInherit("this node was restarted");
     }
     if (!slotmigActive()) {

@@ -502,7 +502,8 @@ static void lost(const char *id, const char *why) {
 /* Slots that the master took over, and of which this replica has no copy until it has
  * copied everything. Should it be promoted before, it claims them, but it would serve them
  * without their keys: it does not, until the source, which still has the keys, has asked and
- * has taken them back. */
+ * has taken them back. A restart must not forget either of them: `slotmig-lacking 3-10,20`, a
+ * variable in nodes.conf. */
 static slotSet lacking, unserved;
 static uint64_t lacking_of;     /* the client of that master's stream */
 int slotmig_unserved;           /* slots; a predictable branch for those who look up a slot */
@@ -514,6 +515,7 @@ void slotmigDoNotServe(const slotSet *slots) {
         if (server.cluster->slots[j] == server.cluster->myself && !slotSetHas(&unserved,j)) slotSetAdd(&unserved,j);
     slotmig_unserved = unserved.count;
     if (unserved.count == before) return;
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_FSYNC_CONFIG);
     sds ranges = slotSetToString(&unserved);
     serverLog(LL_WARNING,"Slot migration: this node's master took slots over of which it has no copy: it does not serve %.200s "
         "until their source has taken them back. Should that be lost, too, CLUSTER SETSLOT slot NODE with this node's id serves them empty",ranges);
@@ -526,23 +528,47 @@ int slotmigIsUnserved(int slot) {
 
 /* Somebody else's by now, or an operator has decided. */
 void slotmigServeSlot(int slot) {
-    if (!slotSetHas(&unserved,slot)) return;
+    if (!slotSetHas(&unserved,slot) && !slotSetHas(&lacking,slot)) return;
     slotSetRemove(&unserved,slot);
+    slotSetRemove(&lacking,slot);
     slotmig_unserved = unserved.count;
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+}
+
+sds slotmigSaveLacking(sds conf) {
+    slotSet both = lacking;
+    for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1))
+        if (!slotSetHas(&both,j)) slotSetAdd(&both,j);
+    if (both.count == 0) return conf;
+    sds ranges = sdsmapchars(slotSetToString(&both)," ",",",1);
+    conf = sdscatfmt(conf," slotmig-lacking %S",ranges);
+    sdsfree(ranges);
+    return conf;
+}
+
+/* Which of the two is decided when the slot map is complete: slotmigLackingStart(). */
+void slotmigLoadLacking(const char *value) {
+    if (!slotmigParseRanges(value,&lacking))
+        serverLog(LL_WARNING,"nodes.conf: slotmig-lacking is not understood from some place on: %.100s",value);
+}
+
+/* The first turn after a start. A replica copies all of its master's data before it can say more. */
+void slotmigLackingStart(void) {
+    if (clusterNodeIsMaster(server.cluster->myself)) slotmigLackingPromoted();
 }
 
 /* Each turn of the event loop. A copy of everything makes a new client: then the keys are here. */
 void slotmigLackingTurn(void) {
-    if (lacking.count && server.master && server.master->id != lacking_of) slotSetClear(&lacking);
+    if (lacking.count && server.master && server.master->id != lacking_of) {
+        slotSetClear(&lacking);
+        clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+    }
     for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1))
         if (server.cluster->slots[j] != server.cluster->myself) slotmigServeSlot(j);
 }
 
 void slotmigHaveSlots(const slotSet *slots) {
-    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
-        if (slotSetHas(&lacking,j)) slotSetRemove(&lacking,j);
-        slotmigServeSlot(j);
-    }
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) slotmigServeSlot(j);
 }
 
 /* This replica was promoted. */
@@ -558,6 +584,7 @@ static void copyAnew(const char *id, const slotSet *slots, const char *why) {
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
         if (!slotSetHas(&lacking,j)) slotSetAdd(&lacking,j);
     lacking_of = server.master->id;
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
     server.master->flags |= CLIENT_PROTOCOL_ERROR;      /* it is not to be cached */
     freeClientAsync(server.master);
 }

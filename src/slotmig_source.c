@@ -1633,6 +1633,7 @@ sds slotmigSaveVars(sds conf) {
         conf = sdscatfmt(conf," slotmig-given %S",ranges);
         sdsfree(ranges);
     }
+    conf = slotmigSaveLacking(conf);
     conf = slotmigSaveRecords(conf);
     return sdscatlen(conf,"\n",1);
 }
@@ -1640,6 +1641,10 @@ sds slotmigSaveVars(sds conf) {
 int slotmigLoadVar(const char *name, const char *value) {
     if (!strcasecmp(name,"slotmig-handoff") || !strcasecmp(name,"slotmig-job")) {
         slotmigLoadRecord(value,!strcasecmp(name,"slotmig-handoff"));
+        return 1;
+    }
+    if (!strcasecmp(name,"slotmig-lacking")) {
+        slotmigLoadLacking(value);
         return 1;
     }
     if (strcasecmp(name,"slotmig-given")) return 0;

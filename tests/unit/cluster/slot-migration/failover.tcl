@@ -326,6 +326,32 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save ""}} {
 }
 
 start_cluster 3 3 {tags {external:skip cluster} overrides {save ""}} {
+    test "What such a replica does not serve it does not serve after a restart either" {
+        set before [begin]
+        failpoint 5 target_replica_takeover fail
+        R 2 config set rdb-key-save-delay 10000
+        # the source's questions are refused until the end
+        R 5 acl setuser default -cluster|slotmig
+        R 5 config rewrite
+        set id [migrate 0 2 3 10]
+        wait_job_state 2 $id taken
+        wait_for_condition 1000 10 {[count_log_message -5 "synchronizes anew"] > 0} else {fail "[job 5 $id]"}
+        kill_node 2
+        wait_for_condition 1000 10 {[owner_seen_by 1 3] == 5} else {fail [R 1 cluster nodes]}
+        foreach round {promoted restarted} {
+            wait_for_condition 1000 10 {[CI 5 cluster_state] eq "ok"} else {fail [R 5 cluster info]}
+            assert_error "CLUSTERDOWN Hash slot not served*" {R 5 get [key_in 3 probe]}
+            assert_error "CLUSTERDOWN Hash slot not served*" {R 5 set [key_in 10 probe] x}
+            if {$round eq "promoted"} {kill_node 5; start_node_again 5}
+        }
+        assert_equal committed [job_field 0 $id state]
+        R 5 acl setuser default +cluster|slotmig
+        assert_ends {0 5} $before 2
+        assert_equal 0 [string match *slotmig-lacking* [exec cat [file join [lindex [R 5 config get dir] 1] nodes.conf]]]
+    }
+}
+
+start_cluster 3 3 {tags {external:skip cluster} overrides {save ""}} {
     test "A replica with an append-only file that was carried, and prepared, is promoted: it has the slots or the source has them" {
         set before [begin]
         R 5 config set appendonly yes
