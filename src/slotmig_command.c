@@ -409,7 +409,7 @@ static void replyJob(client *c, slotMigJob *job) {
     long long left = job->bytes_total > job->bytes_done ? job->bytes_total - job->bytes_done : 0;
     long long eta = slotmigEnded(job) ? 0 : rate ? left*1000/rate : -1;
 
-    addReplyMapLen(c,38);
+    addReplyMapLen(c,39);
     slotmigReplyText(c,"id",job->id);
     slotmigReplyText(c,"slots",job->ranges);
     slotmigReplyNode(c,"source",job,SLOTMIG_SOURCE);
@@ -456,6 +456,7 @@ static void replyJob(client *c, slotMigJob *job) {
     slotmigReplyNumber(c,"trimmed",job->trimmed);
     slotmigReplyText(c,"snapshot-by",job->snapshot_by);
     slotmigReplyText(c,"forked-slots",job->forked ? job->forked : "");
+    slotmigReplyText(c,"forked-because",job->forked_because ? job->forked_because : "");
 }
 
 static slotMigJob *jobOrReply(client *c, robj *id) {
@@ -791,7 +792,9 @@ int slotmigDebug(client *c) {
     } else if (c->argc < 4 || c->argc > 6 || strcasecmp(c->argv[2]->ptr,"failpoint")) {
         addReplySubcommandSyntaxError(c);
     } else if (c->argc == 4) {
-        addReplyLongLong(c,slotmigFailPointReached(c->argv[3]->ptr));
+        long long reached = slotmigFailPointReached(c->argv[3]->ptr);
+        if (reached != -1) addReplyLongLong(c,reached);
+        else addReplyErrorFormat(c,"no fail point '%s'",(char*)c->argv[3]->ptr);
     } else if (c->argc == 5 || getLongLongFromObjectOrReply(c,c->argv[5],&at,NULL) == C_OK) {
         if (slotmigSetFailPoint(c->argv[3]->ptr,c->argv[4]->ptr,at) == C_OK) addReply(c,shared.ok);
         else addReplyErrorFormat(c,"no fail point '%s' or no action '%s'",(char*)c->argv[3]->ptr,(char*)c->argv[4]->ptr);

@@ -167,6 +167,7 @@ static void freeJob(slotMigJob *job) {
     sdsfree(job->ranges);
     sdsfree(job->reason);
     sdsfree(job->forked);
+    sdsfree(job->forked_because);
     sdsfree(job->came_anew);
     sdsfree(job->last_error);
     zfree(job);

@@ -110,6 +110,7 @@ typedef struct slotMigJob {
     unsigned long long trimmed;         /* keys the source let go */
     const char *snapshot_by;            /* who took the last one: "", "thread", "fork", "thread and fork" */
     sds forked;                         /* slots that were too large for the thread; NULL: none */
+    sds forked_because;                 /* for each of them why, in words; NULL: none */
     sds came_anew;                      /* slots that had arrived and had to come once more, and why; NULL: none */
     uint64_t epoch;                     /* that the target reserved, later owns the slots with */
     /* Words to this node's replicas, see slotmig_relay.c. */
@@ -187,6 +188,7 @@ slotMigSaver *slotmigSaverStart(connection *conn, const slotSet *slots, int limi
 void slotmigSaverFree(slotMigSaver *s, struct slotRdbWriter *writer);
 int slotmigSaverState(slotMigSaver *s);
 int slotmigSaverTakesLonger(slotMigSaver *s);
+unsigned long long slotmigSaverLimit(const slotMigSaver *s);
 void slotmigSaverCollect(slotMigSaver *s, slotSet *left, slotSet *large, slotSet *modules);
 void slotmigSaverFreeze(slotMigSaver *s, slotSet *left);
 int slotmigSaverTakesHere(slotMigSaver *s, int slot);

@@ -619,6 +619,11 @@ int slotmigSaverTakesLonger(slotMigSaver *s) {
     return 1;
 }
 
+/* us that one slot may be frozen for. Once it ended, or in state 1. */
+unsigned long long slotmigSaverLimit(const slotMigSaver *s) {
+    return s->max_us;
+}
+
 /* What became of the last batch: slots that were not taken go into `left`, or `large`
  * (for a fork) or `modules` (for slotmigSaverTakesHere()). In state 1 only. */
 void slotmigSaverCollect(slotMigSaver *s, slotSet *left, slotSet *large, slotSet *modules) {

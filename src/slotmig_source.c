@@ -121,6 +121,7 @@ struct slotMigSource {
     slotMigSaver *saver;            /* this one; NULL: not yet, or it is done */
     slotSet left, large, modules;   /* slots not in the snapshot yet, of which nothing is streamed: to
                                      * be taken by the saver, by a fork behind it, on the main thread */
+    slotSet large_values;           /* of `large`: for module values that the main thread cannot save in time */
     slotRdbWriter *partial;         /* where that fork goes on */
     int saver_at_end;
     int child_failures;             /* how often it could not write, and no slot more arrived */
@@ -1128,13 +1129,17 @@ static void saverTurn(slotMigJob *job) {
     if (s->left.count + s->modules.count == 0 && s->large.count && s->large.count <= FEW_LARGE && slotmigSaverTakesLonger(s->saver)) {
         s->left = s->large;
         slotSetClear(&s->large);
+        slotSetClear(&s->large_values);
     }
     if (s->left.count) {
         slotmigSaverFreeze(s->saver,&s->left);
     } else if (s->modules.count) {
         int slot = slotSetNext(&s->modules,0);
         slotSetRemove(&s->modules,slot);
-        if (!slotmigSaverTakesHere(s->saver,slot)) slotSetAdd(&s->large,slot);
+        if (!slotmigSaverTakesHere(s->saver,slot)) {
+            slotSetAdd(&s->large,slot);
+            slotSetAdd(&s->large_values,slot);
+        }
     } else {
         s->saver_at_end = 1;
         slotmigSaverEnd(s->saver,s->large.count != 0);
@@ -1162,6 +1167,23 @@ void slotmigFreezeTurn(void) {
     slotmigWork(was);
 }
 
+static sds forkedBecause(const slotMigSource *s) {
+    slotSet values = s->large_values, rest = s->large;
+    for (int j = slotSetNext(&values,0); j != -1; j = slotSetNext(&values,j+1)) slotSetRemove(&rest,j);
+    sds why = sdsempty();
+    if (rest.count) {
+        sds slots = slotSetToString(&rest);
+        why = sdscatprintf(why,"%s: not serialized in %llu us",slots,slotmigSaverLimit(s->saver));
+        sdsfree(slots);
+    }
+    if (values.count) {
+        sds slots = slotSetToString(&values);
+        why = sdscatprintf(why,"%s%s: module values that the main thread would save for too long",rest.count ? "; " : "",slots);
+        sdsfree(slots);
+    }
+    return why;
+}
+
 static void saverStep(slotMigJob *job) {
     slotMigSource *s = job->src;
     int state = slotmigSaverState(s->saver);
@@ -1170,7 +1192,11 @@ static void saverStep(slotMigJob *job) {
         if (s->child_failures++ == CHILD_FAILURES) slotmigFail(job,SLOTMIG_FAILED,sdsnew(why));
         else interrupted(job,why);
     } else if (state == 2) {
-        if (s->large.count) s->partial = zcalloc(sizeof(*s->partial));
+        if (s->large.count) {
+            s->partial = zcalloc(sizeof(*s->partial));
+            sdsfree(job->forked_because);
+            job->forked_because = forkedBecause(s);
+        }
         slotmigSaverFree(s->saver,s->partial);
         s->saver = NULL;
     }
@@ -1578,6 +1604,7 @@ static void gotHave(slotMigJob *job, frameReader *r) {
     s->by_thread = slotmig_config.snapshot != SLOTMIG_SNAPSHOT_FORK;
     slotSetClear(&s->left);
     slotSetClear(&s->large);
+    slotSetClear(&s->large_values);
     slotSetClear(&s->modules);
     if (job->attempt < attempt && attempt < UINT64_MAX/2) job->attempt = attempt;
     s->have_offset = offset;

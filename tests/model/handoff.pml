@@ -109,6 +109,7 @@
 #define NO_ONCE
 #define NO_LC
 #define WAIVE
+#define NO_LACKING
 #define NO_DOUBT
 #define NO_TRIMACK
 #define NO_REBUMP
@@ -178,8 +179,13 @@ hidden byte c, a, v, k;
 #else
 #define SEEN(i) (n[i].seen)
 #endif
+#ifdef NO_LACKING           /* who owns X without having taken it over has no copy, and does not serve it */
+#define MERGED(i) 1
+#else
+#define MERGED(i) (n[i].tgt == TAKEN)
+#endif
 #define SERVES(i) (n[i].alive && n[i].master && n[i].owner == (i) && \
-    ((i) < T -> n[i].src == OPEN || n[i].src == INTENT : SEEN(i)))
+    ((i) < T -> n[i].src == OPEN || n[i].src == INTENT : SEEN(i) && MERGED(i)))
 
 /* ---- 1 and 2 of what must hold ---- */
 
@@ -478,6 +484,12 @@ inline reopen(s,t) {
   tell(s,UNFENCE,n[s].attempt,0)
 }
 
+#ifdef AUTO_BACK            /* S takes X back by itself when T's shard is gone: only an operator may */
+#define can_take_back(s) (n[s].alive && n[s].master && (n[s].src == INHERITED || n[s].src == COMMITTED) && FRESH(s) && ROOM(s) && \
+    (!n[T].alive || n[T].failed) && (!n[T2].alive || n[T2].failed) && n[s].current < EPOCHS && n[V].current < EPOCHS)
+inline take_back(s) { reopen(s,T) }
+#endif
+
 /* T, prepared, asks S's shard, and hears that its attempt is off */
 #define can_ask_source(s,t) (n[s].alive && n[s].master && FRESH(s) && n[t].alive && n[t].master && n[t].tgt == PREPARED && \
     (n[s].attempt > n[t].held || n[s].src == OPEN) && n[s].committed != n[t].held && ROOM(t) && commit[WIRE(s,t)] == 0)
@@ -704,6 +716,9 @@ init {
   TARGET(adopt)
   PAIR(ask_target)
   PAIR(reopen)
+#ifdef AUTO_BACK
+  SOURCE(take_back)
+#endif
   PAIR(source_before_trim)
   PAIR(acknowledge)
   PAIR(ask_source)

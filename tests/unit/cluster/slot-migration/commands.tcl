@@ -7,7 +7,7 @@ set ::fields {
     stream-bytes stream-lag-bytes retries interruptions came-anew last-error created-ms started-ms ended-ms phase-ms write-pause-us
     take-over-us fsync-us hand-off-us
     held held-for paused rate-limit wait-replicas timeout writers-rate-limit trimmed
-    snapshot-by forked-slots
+    snapshot-by forked-slots forked-because
 }
 
 proc assert_refused {why n args} {
@@ -241,6 +241,7 @@ start_cluster 3 0 {tags {external:skip cluster}} {
             assert_error "*for the nodes of the cluster only*MIGRATE-SLOTS*" {R 0 cluster {*}$command}
         }
         assert_error "*no fail point*" {R 0 debug slotmig failpoint nonsense pause}
+        assert_error "*no fail point*" {R 0 debug slotmig failpoint nonsense}
         assert_error "*no action*" {R 0 debug slotmig failpoint source_before_cut nonsense}
         assert_error "*not an integer*" {R 0 debug slotmig failpoint source_before_cut fail x}
         assert_error "*unknown subcommand*" {R 0 debug slotmig}

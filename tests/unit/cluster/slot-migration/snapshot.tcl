@@ -78,6 +78,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
                 wait_writers_go_on $writers
                 stop_writers $writers
                 assert_equal $by [job_field 0 $id snapshot-by]
+                assert_equal [expr {$large ne {}}] [string match {*: not serialized in 2000 us} [job_field 0 $id forked-because]]
                 foreach slot $large {
                     if {$slot ni [split [string map {- " "} [job_field 0 $id forked-slots]]]} {fail "slot $slot was not too large: [job 0 $id]"}
                 }
@@ -108,6 +109,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
             assert_same_dump $before [slots_dump 2 {6 7}]
             assert_equal $by [job_field 0 $id snapshot-by]
             assert_equal $forked [split [string map {- " "} [job_field 0 $id forked-slots]]]
+            assert_equal [dict get {0 "6-7: not serialized in 2000 us" 1 "6-7: not serialized in 10000 us" 2 ""} [expr {$forks ? $mbytes > 0 : 2}]] [job_field 0 $id forked-because]
             assert_equal $forks [expr {[forks 0]-$total}]
             assert_equal 2 [expr {min(2,[freeze_field 0 put_back])}]
             R 0 unlink [key_in 100 ballast]
@@ -390,6 +392,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         set id [migrate 0 2 5 6]
         wait_migrated 0 2 $id
         assert_equal 6 [job_field 0 $id forked-slots]
+        assert_equal "6: module values that the main thread would save for too long" [job_field 0 $id forked-because]
         assert_equal 1 [freeze_field 0 on_main_thread]
         assert_same_dump $dump [slots_dump 2 {5 6}]
     }
@@ -447,6 +450,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         set id [migrate 0 2 5 6]
         wait_migrated 0 2 $id
         assert_equal 5 [job_field 0 $id forked-slots]
+        assert_equal "5: not serialized in 2000 us" [job_field 0 $id forked-because]
         assert_lessthan [freeze_field 0 put_back] 4
         assert_equal 100000000 [R 2 strlen [key_in 5 big]]
     }
