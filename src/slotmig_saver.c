@@ -137,6 +137,7 @@ static struct {
     unsigned long long commands, waits, touched;    /* that were postponed; waited on the spot; that by the guard */
     unsigned long long put_back, by_main;
     unsigned long long wait_max_us;
+    size_t max_bytes;               /* of a batch, before it was sent */
 } stats;
 
 /* Of this thread, in us: that it had to wait for a processor does not make a slot large. */
@@ -629,6 +630,7 @@ unsigned long long slotmigSaverLimit(const slotMigSaver *s) {
 void slotmigSaverCollect(slotMigSaver *s, slotSet *left, slotSet *large, slotSet *modules) {
     thawBatch(s);
     if (let_through) triggerEventNotifier(s->notifier);     /* for another turn at once */
+    if (slotmigSaverMemory(s) > stats.max_bytes) stats.max_bytes = slotmigSaverMemory(s);
     if (s->n && !s->by_main) {
         stats.us += s->batch_us;
         if (s->batch_us > stats.max_us) stats.max_us = s->batch_us;
@@ -712,7 +714,8 @@ sds slotmigFreezeInfo(sds info) {
         "cluster_slot_migration_freeze_stall_max_usec:%llu\r\n"
         "cluster_slot_migration_freeze_guarded:%llu\r\n"
         "cluster_slot_migration_freeze_put_back:%llu\r\n"
-        "cluster_slot_migration_freeze_on_main_thread:%llu\r\n",
+        "cluster_slot_migration_freeze_on_main_thread:%llu\r\n"
+        "cluster_slot_migration_freeze_max_bytes:%zu\r\n",
         stats.freezes,stats.slots,stats.us,stats.max_us,stats.commands,stats.waits,stats.wait_max_us,stats.touched,
-        stats.put_back,stats.by_main);
+        stats.put_back,stats.by_main,stats.max_bytes);
 }

@@ -364,6 +364,78 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         assert_equal 0 [freeze_field 0 guarded]
     }
 
+    test "What is serialized and not sent yet stays below 64 MB, however much is moved" {
+        fresh
+        R 0 config resetstat
+        R 0 eval {for i = 1, 3000 do redis.call('setrange','{' .. KEYS[1] .. '}' .. i,99999,'x') end} 1 [slot_tag 5]
+        R 0 eval {for i = 1, 300 do redis.call('hset','{' .. KEYS[1] .. '}' .. i,'a',string.rep('x',90000),'b',i) end} 1 [slot_tag 6]
+        some_keys 0 [slots_of {7 200}] 5
+        set before [slots_dump 0 6]
+        set id [migrate 0 2 5 200]
+        wait_migrated 0 2 $id
+        assert_same_dump $before [slots_dump 2 6]
+        assert_equal 3000 [R 2 cluster countkeysinslot 5]
+        assert_morethan [freeze_field 0 max_bytes] 0
+        assert_lessthan [freeze_field 0 max_bytes] [expr {64*1024*1024}]
+    }
+
+    test "Settings that change how values are stored, saved and judged, while slots are frozen again and again" {
+        fresh
+        R 0 config resetstat
+        foreach slot {5 6} {fill_all_types 0 $slot}
+        set before [slots_dump 0 {5 6}]
+        set settings {
+            rdbcompression {no yes} rdbchecksum {no yes} activerehashing {no yes} hz {100 10}
+            hash-max-listpack-entries {1 512} zset-max-listpack-entries {1 128} list-max-listpack-size {1 -2}
+            set-max-intset-entries {1 512} maxmemory-policy {allkeys-lfu volatile-lru noeviction}
+            lazyfree-lazy-user-del {yes no} cluster-slot-migration-snapshot {fork thread auto}
+        }
+        storm id {
+            foreach {setting values} $settings {foreach value $values {R 0 config set $setting $value}}
+        }
+        assert_same_dump $before [slots_dump 2 {5 6}]
+        assert_equal {0 0} [list [freeze_field 0 stalls] [freeze_field 0 guarded]]
+    }
+
+    test "Defragmentation waits while slots are frozen again and again, and moves nothing of them" {
+        fresh
+        R 0 config resetstat
+        if {[catch {R 0 config set activedefrag yes} error]} {
+            puts "NOTE: no defragmentation: $error"
+        } else {
+            R 0 config set activedefrag no
+            fill_strings 0 {5 6 100} 4000 200
+            foreach slot {5 6 100} {for {set i 0} {$i < 4000} {incr i 2} {R 0 del [key_in $slot k$i]}}
+            set before [slots_dump 0 {5 6}]
+            with_config {0 {active-defrag-ignore-bytes 1 active-defrag-threshold-lower 0 active-defrag-cycle-min 25 active-defrag-cycle-max 50 activedefrag yes}} {
+                storm id {
+                    wait_for_condition 500 10 {[status [Rn 0] active_defrag_running] > 0} else {fail "no defragmentation: [R 0 info memory]"}
+                    set hits [status [Rn 0] active_defrag_key_hits]
+                }
+                R 0 config set activedefrag no
+            }
+            assert_same_dump $before [slots_dump 2 {5 6}]
+            assert_equal 2000 [R 0 dbsize]
+            assert_equal {0 0} [list [freeze_field 0 stalls] [freeze_field 0 guarded]]
+        }
+    }
+
+    test "A module opens keys that its command names, or does not, while slots are frozen again and again" {
+        fresh
+        R 0 config resetstat
+        load_test_module 0 misc {}
+        some_keys 0 {5 6} 5
+        storm id {
+            for {set i 0} {$i < 100} {incr i} {
+                assert_equal OK [R 0 test.silent_open_key [key_in 5 k[expr {$i%5}]]]
+                assert_equal 1 [R 0 test.keyexists [key_in 6 k[expr {$i%5}]]]
+                assert_equal 10 [R 0 test.dbsize]
+            }
+        }
+        assert_equal 0 [freeze_field 0 guarded]
+        R 0 module unload misc
+    }
+
     test "FLUSHALL in the middle: what was taken before is gone, what is taken after is not" {
         fresh
         some_keys 0 {5 6 7 8} 5
@@ -493,5 +565,20 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         assert_equal $forked [forks 0]
         assert_equal 0 [R 0 dbsize]
         assert_equal 0 [freeze_field 0 guarded]
+    }
+
+    test "SHUTDOWN while a slot is frozen saves it, too" {
+        fresh
+        some_keys 0 {5 6} 5
+        set id [start_frozen 5 5]
+        set pid [node_pid 0]
+        catch {R 0 shutdown save}
+        wait_for_condition 500 10 {![is_alive $pid]} else {fail "node 0 does not end"}
+        start_node_again 0
+        wait_cluster_agrees
+        assert_equal 10 [R 0 dbsize]
+        assert_equal 5:1 [R 0 get [key_in 5 k1]]
+        wait_for_condition 500 10 {[jobs_running 2] == 0} else {fail "node 2 goes on: [job 2 $id]"}
+        assert_equal 0 [R 2 dbsize]
     }
 }
