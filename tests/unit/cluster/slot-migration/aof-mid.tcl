@@ -84,7 +84,7 @@ proc run_row {what phase n preamble} {
     }
     foreach m {0 1 2} {R $m set [key_in [expr {$m*5461+20}] own] $m}
     set id [hold_in_phase $phase 0 2 3 10]
-    if {$phase ne "trimming"} {wait_job_state 5 $id [dict get {snapshot loading streaming following prepared prepared} $phase]}
+    if {$phase ne "trimming"} {wait_job_state 5 $id [dict get {snapshot {loading following} streaming following prepared prepared} $phase]}
     foreach m {0 2} {wait_shard_in_step $m}
     if {$phase ne "trimming"} {assert_equal 1 [R 5 dbsize]}
     act $what $n
