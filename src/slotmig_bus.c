@@ -67,19 +67,29 @@ static int answeredLately(clusterNode *n, uint64_t unused) {
 }
 
 /* 1, or 0 and, if `why` is not NULL, the reason there (the caller's). */
-int slotmigFresh(sds *why) {
+static int isFresh(int whole_cluster, sds *why) {
     int size, heard = countMasters(answeredLately,0,&size);
     mstime_t now = monotonicMs(), gap = server.cluster_node_timeout/2;
     if (gap < STOOD_STILL_MIN) gap = STOOD_STILL_MIN;
     sds text = NULL;
     if (!clusterNodeIsMaster(server.cluster->myself)) text = sdsnew("this node is a replica now");
-    else if (server.cluster->state != CLUSTER_OK) text = sdsnew("the cluster is down as this node sees it");
+    else if (whole_cluster && server.cluster->state != CLUSTER_OK) text = sdsnew("the cluster is down as this node sees it");
     else if (now - last_turn > gap || now - still_until < SETTLE_MS) text = sdsnew("this node stood still or has just started");
     else if (heard < size/2+1)
         text = sdscatprintf(sdsempty(),"only %d of %d masters have answered lately",heard,size);
     if (why) *why = text;
     else sdsfree(text);
     return text == NULL;
+}
+
+int slotmigFresh(sds *why) {
+    return isFresh(1,why);
+}
+
+/* The same of a node whose cluster may be down for other slots: whoever claims ours may have
+ * brought that about. */
+int slotmigFreshOfMajority(void) {
+    return isFresh(0,NULL);
 }
 
 /* ---- the echo of an epoch ---- */

@@ -408,6 +408,7 @@ int slotmigRivalCommand(client *c);                 /* 1: it was one of them */
 
 void slotmigBusTurn(void);
 int slotmigFresh(sds *why);
+int slotmigFreshOfMajority(void);
 int slotmigEpochEchoed(uint64_t epoch);
 void slotmigPingMasters(void);
 clusterNode *slotmigLineageMaster(const char *name, int empty);

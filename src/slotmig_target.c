@@ -1327,7 +1327,7 @@ int slotmigSlotIsDefended(int slot, clusterNode *claimant) {
 
 int slotmigDefends(int slot, clusterNode *claimant, uint64_t epoch) {
     if (__builtin_expect(defences == NULL,1) || server.cluster->slots[slot] != server.cluster->myself) return 0;
-    if (!slotmigSlotIsDefended(slot,claimant) || !slotmigFresh(NULL)) return 0;
+    if (!slotmigSlotIsDefended(slot,claimant) || !slotmigFreshOfMajority()) return 0;
     if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
     if (!raise_epoch) serverLog(LL_NOTICE,"Node %.40s claims slot %d, which this node took over: claimed again with a higher epoch",
         claimant->name,slot);

@@ -125,7 +125,8 @@ start_cluster 3 1 {tags {external:skip cluster} overrides {
                 wait_job_state 0 $id {snapshot streaming fenced committed trimming done}
                 set first [expr {[status [Rn 0] $counter]-$before}]
             }
-            assert_equal 0 $first
+            # By the time that this is looked at, the snapshot may be over and the next one begun.
+            assert_lessthan $first 3
             wait_migrated 0 1 $id
         }
     }

@@ -139,4 +139,27 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow
         wait_promoted $asleep
         assert_rest 2 $before
     }
+
+    test "A claim of the source's shard is answered although the cluster is down for other slots" {
+        fresh_shards $::slots stay
+        set from [shard_master 0]
+        set to [shard_master 2]
+        fill_strings $from $::slots 80 100
+        set id [migrate $from $to 3 10]
+        foreach n [list $from $to] {wait_job_state $n $id done}
+        set before [slots_dump $to $::slots]
+        set_failover_timeouts 1000
+        foreach n {1 4} {pause_process [node_pid $n]}
+        wait_for_condition 1000 10 {[CI $to cluster_state] eq "fail"} else {fail [R $to cluster info]}
+        R $from multi
+        R $from cluster delslots 3
+        R $from cluster addslots 3
+        R $from cluster bumpepoch
+        R $from exec
+        wait_for_condition 1000 10 {[slot_owner $from 3] == $to} else {fail "node $from keeps it: [R $from cluster nodes]"}
+        assert_morethan [count_log_message -$to "claims slot 3, which this node took over"] 0
+        foreach n {1 4} {resume_process [node_pid $n]}
+        set_failover_timeouts 3000
+        assert_rest 2 $before
+    }
 }
