@@ -50,6 +50,7 @@ void slotmigShutdown(void);             /* before the process exits: ends thread
 int slotmigForkFails(void);             /* 1, and errno: a fail point is set for children of every kind */
 char *slotmigInfo(char *info);          /* sds in, sds out: fields of CLUSTER INFO */
 char *slotmigInfoMemory(char *info);    /* the same, of INFO memory */
+char *slotmigClientList(char *list);    /* the same, of CLIENT LIST: the jobs' connections */
 void slotmigResetStats(void);           /* CONFIG RESETSTAT */
 int slotmigPauseHistograms(struct client *c, const char *name); /* adds to the reply of LATENCY HISTOGRAM; how many */
 char *slotmigPauseInfoLatency(char *info); /* sds in, sds out: lines of INFO latencystats */

@@ -479,6 +479,37 @@ void slotmigReplyJobs(client *c, void (*one)(client *c, slotMigJob *job)) {
     setDeferredArrayLen(c,len,n);
 }
 
+/* A line of CLIENT LIST with all of its fields. What is said of clients only has the values of
+ * one that has done nothing. */
+static sds connectionLine(sds list, slotMigJob *job, int which, const char *name, connection *conn, size_t waiting) {
+    char addr[NET_ADDR_STR_LEN] = "?:0", laddr[NET_ADDR_STR_LEN] = "?:0", info[CONN_INFO_LEN];
+    int source = job->role == SLOTMIG_SOURCE;
+    if (job->client_ids[which] == 0) atomicGetIncr(server.next_client_id,job->client_ids[which],1);
+    connFormatAddr(conn,addr,sizeof(addr),1);
+    connFormatAddr(conn,laddr,sizeof(laddr),0);
+    return sdscatprintf(list,"id=%llu addr=%s laddr=%s %s name=slot-migration:%s:%s age=%lld idle=0 flags=%c db=0 sub=0 psub=0 ssub=0 "
+        "multi=-1 watch=0 qbuf=0 qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=%zu tot-mem=%zu events=%s "
+        "cmd=cluster|slotmig user=(superuser) redir=-1 resp=2 lib-name= lib-ver= io-thread=0\n",
+        (unsigned long long)job->client_ids[which],addr,laddr,connGetInfo(conn,info,sizeof(info)),job->id,name,
+        (long long)(mstime()-job->created)/1000,source ? 'g' : 'o',waiting,waiting,source ? "w" : "r");
+}
+
+/* Their flags are those of Redis 8.4: g migrates slots away, o imports slots. */
+char *slotmigClientList(char *list) {
+    listIter li;
+    listNode *ln;
+    if (slotmig_jobs == NULL) return list;      /* no cluster */
+    listRewind(slotmig_jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        slotMigJob *job = listNodeValue(ln);
+        slotMigLink *stream = job->src ? slotmigSourceStream(job) : slotmigTargetStream(job);
+        connection *snapshot = job->src ? slotmigSourceSnapshot(job) : slotmigTargetSnapshot(job);
+        if (stream && stream->conn) list = connectionLine(list,job,0,"stream",stream->conn,slotmigLinkMemory(stream));
+        if (snapshot) list = connectionLine(list,job,1,"snapshot",snapshot,0);
+    }
+    return list;
+}
+
 static void slotMigrations(client *c) {
     if (c->argc == 4 && !strcasecmp(c->argv[2]->ptr,"id")) {
         slotMigJob *job = jobOrReply(c,c->argv[3]);

@@ -82,6 +82,7 @@ typedef struct slotMigJob {
     sds reason;                         /* why it is in this state; "" when there is nothing to say */
     sds last_error;
     mstime_t created, started, ended, state_since;
+    uint64_t client_ids[2];             /* of stream and snapshot in CLIENT LIST; 0: not asked for yet */
     int hidden;                         /* it has ended, and is more than the log may show */
     mstime_t phase_ms[SLOTMIG_NUM_STATES];
     /* Progress. The target counts, the source hears of it by ACKs. */
@@ -308,6 +309,7 @@ void slotmigUndefendSlot(int slot);
 void slotmigUndefendAll(void);
 void slotmigSourceFree(slotMigJob *job);
 slotMigLink *slotmigSourceStream(slotMigJob *job);
+connection *slotmigSourceSnapshot(const slotMigJob *job);
 size_t slotmigSourceMemory(slotMigJob *job);
 int slotmigSourceFollows(const slotMigJob *job);    /* do its slots' writes go into the stream? */
 void slotmigSourceWrote(slotMigJob *job, size_t bytes);
@@ -361,6 +363,7 @@ void slotmigTargetForce(slotMigJob *job);           /* discard although bound */
 sds slotmigTargetTakeOverAlone(slotMigJob *job);    /* without the source's word; NULL: done */
 void slotmigTargetFree(slotMigJob *job);
 slotMigLink *slotmigTargetStream(slotMigJob *job);
+connection *slotmigTargetSnapshot(const slotMigJob *job);
 
 /* ---- commands (slotmig_command.c) ---- */
 
@@ -609,6 +612,7 @@ slotMigSection *slotmigLoaderNext(slotMigLoader *l);
 /* 0: running, 1: complete and verified, -1: failed (*error is set, owned by the loader). Sections first. */
 int slotmigLoaderState(slotMigLoader *l, const char **error, unsigned long long *bytes);
 int slotmigLoaderRuns(slotMigLoader *l);
+connection *slotmigLoaderConnection(const slotMigLoader *l);
 void slotmigLoaderStop(slotMigLoader *l);
 void slotmigLoaderCut(slotMigLoader *l);
 int slotmigLoaderLost(slotMigLoader *l);

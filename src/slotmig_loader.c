@@ -836,6 +836,11 @@ int slotmigLoaderRuns(slotMigLoader *l) {
     return runs;
 }
 
+/* To look at who it is, not to read or to close it. */
+connection *slotmigLoaderConnection(const slotMigLoader *l) {
+    return l->conn;
+}
+
 /* On a bio thread: the loader's may be inside of a large value. */
 static void finishLoader(void *args[]) {
     slotMigLoader *l = args[0];

@@ -181,6 +181,10 @@ slotMigLink *slotmigSourceStream(slotMigJob *job) {
     return job->src ? job->src->stream : NULL;
 }
 
+connection *slotmigSourceSnapshot(const slotMigJob *job) {
+    return job->src ? job->src->snapshot : NULL;
+}
+
 /* ---- what the hooks ask ---- */
 
 int slotmigSourceFollows(const slotMigJob *job) {

@@ -158,6 +158,13 @@ slotMigLink *slotmigTargetStream(slotMigJob *job) {
     return job->tgt ? job->tgt->stream : NULL;
 }
 
+/* The loader's, once it has it. */
+connection *slotmigTargetSnapshot(const slotMigJob *job) {
+    const slotMigTarget *t = job->tgt;
+    if (t == NULL || t->relayed) return NULL;
+    return t->loader ? slotmigLoaderConnection(t->loader) : t->snapshot;
+}
+
 /* ---- OFFER ---- */
 
 static int slotHasLeftovers(int slot) {

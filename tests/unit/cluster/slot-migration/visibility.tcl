@@ -72,6 +72,34 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         }
     }
 
+    test "CLIENT LIST shows a job's connections as what they are, and only while there is a job" {
+        fresh
+        fill
+        set fields [regexp -all -inline {[a-z-]+(?==)} [R 0 client info]]
+        failpoint 2 target_before_section pause
+        set id [migrate 0 2 5 7]
+        wait_job_state 2 $id loading
+        set ports {}
+        foreach {n flag} {0 g 2 o} {
+            set lines [lsearch -all -inline [split [R $n client list] "\n"] "*name=slot-migration:$id:*"]
+            assert_equal 2 [llength $lines] "node $n: [R $n client list]"
+            foreach line $lines name {stream snapshot} {
+                assert_equal $fields [regexp -all -inline {[a-z-]+(?==)} $line]
+                assert_match "* name=slot-migration:$id:$name *flags=$flag *" $line
+                regexp {id=([0-9]+) addr=(\S+) laddr=(\S+) fd=} $line -> client addr laddr
+                lappend clients($n) $client
+                lappend ports [expr {$n == 0 ? [list $addr $laddr] : [list $laddr $addr]}]
+            }
+            assert_equal 2 [llength [lsort -unique $clients($n)]]
+            assert_equal 0 [regexp slot-migration: [R $n client list type normal]]
+        }
+        assert_equal [lrange $ports 0 1] [lrange $ports 2 3]
+        failpoint 2 target_before_section off
+        wait_migrated 0 2 $id
+        foreach n {0 2} {assert_equal 0 [regexp slot-migration: [R $n client list]]}
+        fresh
+    }
+
     test "An import is not in MONITOR, notifications, statistics or the slow log of the target" {
         fresh
         fill
