@@ -291,6 +291,7 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         assert_equal {} [lsearch -all -inline [R 3 cluster nodes] {\[*}]
         assert_equal 1 [R 3 dbsize]
         assert_equal 1 [R 3 cluster countkeysinslot 100]
+        assert_equal 1 [count_log_message -3 "Dropped \[0-9\]* keys of slots that this node handed over before it was restarted: 3-10"]
         resume_process [node_pid 0]
         wait_cluster_agrees
         assert_same_dump $before [slots_dump 2 $::slots]
