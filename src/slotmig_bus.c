@@ -20,6 +20,9 @@
 #include "slotmig_job.h"
 
 #define SETTLE_MS 500           /* after standing still, for the news that come behind the first answers */
+#define LOOK_PERIOD 100         /* ms */
+#define REJOIN_MAX 5000         /* ms, and */
+#define REJOIN_MIN 500          /* as in upstream's clusterUpdateState() */
 #define STOOD_STILL_MIN 200     /* ms between two turns that are no standing still, however short the node timeout */
 
 static mstime_t last_turn;      /* by the monotonic clock, as the next */
@@ -29,6 +32,8 @@ static mstime_t still_wall;     /* the same by the clock that upstream stamps an
 static mstime_t monotonicMs(void) {
     return getMonotonicUs()/1000;
 }
+
+static void lookForMinority(mstime_t now);
 
 /* Every turn of the event loop; the server's cron alone makes ten a second. */
 void slotmigBusTurn(void) {
@@ -41,6 +46,7 @@ void slotmigBusTurn(void) {
             "a majority of the masters",(long long)(now - last_turn));
     }
     last_turn = now;
+    lookForMinority(now);
 }
 
 /* Of the masters with slots: those for which heard() holds; *size: all of them. */
@@ -66,9 +72,33 @@ static int answeredLately(clusterNode *n, uint64_t unused) {
     return !nodeFailed(n) && n->pong_received >= since;
 }
 
+/* The same, and for no longer than in which nobody can have been elected in its place: pings go
+ * out each half of a node timeout. */
+static int answeredNow(clusterNode *n, uint64_t unused) {
+    UNUSED(unused);
+    mstime_t since = mstime() - server.cluster_node_timeout;
+    if (still_wall > since) since = still_wall;
+    return !nodeFailed(n) && !nodeTimedOut(n) && n->pong_received >= since;
+}
+
+static mstime_t looked_at, in_minority_at;
+
+static void lookForMinority(mstime_t now) {
+    int size;
+    if (now - looked_at < LOOK_PERIOD) return;
+    looked_at = now;
+    if (countMasters(answeredNow,0,&size) < size/2+1) in_minority_at = now;
+}
+
+/* As long as upstream waits before a master that was in a minority takes writes again. */
+static mstime_t rejoinDelay(void) {
+    mstime_t delay = server.cluster_node_timeout;
+    return delay > REJOIN_MAX ? REJOIN_MAX : delay < REJOIN_MIN ? REJOIN_MIN : delay;
+}
+
 /* 1, or 0 and, if `why` is not NULL, the reason there (the caller's). */
 static int isFresh(int whole_cluster, sds *why) {
-    int size, heard = countMasters(answeredLately,0,&size);
+    int size, heard = countMasters(whole_cluster ? answeredLately : answeredNow,0,&size);
     mstime_t now = monotonicMs(), gap = server.cluster_node_timeout/2;
     if (gap < STOOD_STILL_MIN) gap = STOOD_STILL_MIN;
     sds text = NULL;
@@ -77,6 +107,8 @@ static int isFresh(int whole_cluster, sds *why) {
     else if (now - last_turn > gap || now - still_until < SETTLE_MS) text = sdsnew("this node stood still or has just started");
     else if (heard < size/2+1)
         text = sdscatprintf(sdsempty(),"only %d of %d masters have answered lately",heard,size);
+    else if (!whole_cluster && in_minority_at && now - in_minority_at < rejoinDelay())
+        text = sdsnew("this node was in a minority a moment ago");
     if (why) *why = text;
     else sdsfree(text);
     return text == NULL;
@@ -86,10 +118,15 @@ int slotmigFresh(sds *why) {
     return isFresh(1,why);
 }
 
-/* The same of a node whose cluster may be down for other slots: whoever claims ours may have
- * brought that about. */
-int slotmigFreshOfMajority(void) {
-    return isFresh(0,NULL);
+/* The same, or the cluster is down for some slots, which may be so until this node acts: whoever
+ * claims ours, or a target that gave slots up, can have brought that about. In exchange it is
+ * stricter then with the masters that it counts. */
+int slotmigFreshOfMajority(sds *why) {
+    if (isFresh(1,NULL)) {
+        if (why) *why = NULL;
+        return 1;
+    }
+    return isFresh(0,why);
 }
 
 /* ---- the echo of an epoch ---- */

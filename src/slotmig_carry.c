@@ -13,6 +13,8 @@
  *   slotmig-data  a piece of an RDB with the slots' sections, as in a migration's snapshot
  *   slotmig-end   nothing: the job is complete
  *
+ *   slotmig-lacking 3-10,20: before these, slots of which the master has no copy (slotmig_relay.c)
+ *
  * Another server skips them. A slot is carried when its section is in the shadow and it
  * was not touched by a unit of which only a part has arrived.
  *
@@ -105,6 +107,7 @@ static int saveJob(rio *rdb, slotMigJob *job) {
 int slotmigSaveJobs(rio *rdb) {
     listIter li;
     listNode *ln;
+    if (server.cluster_enabled && slotmigCarryLacking(rdb) == -1) return -1;
     if (!slotmigActive()) return 0;
     listRewind(slotmig_jobs,&li);
     while ((ln = listNext(&li)) != NULL)
@@ -163,10 +166,12 @@ int slotmigLoadAux(const char *name, sds value) {
     if (!strcasecmp(name,"redis-ver")) {        /* the first of every RDB: what came with one that broke off is void */
         loading[0] = '\0';
         slotmigDropCopied();
+        slotmigLackingCopied(NULL);
         return 0;
     }
     if (strncasecmp(name,"slotmig-",8)) return 0;
-    if (!strcasecmp(name,AUX_JOB)) loadJob(value);
+    if (!strcasecmp(name,AUX_LACKING)) slotmigLackingCopied(value);
+    else if (!strcasecmp(name,AUX_JOB)) loadJob(value);
     else if (!strcasecmp(name,AUX_OP) && job) loadOp(job,value);
     else if (!strcasecmp(name,AUX_DATA) && job) slotmigReplicaCarriedData(job,value,sdslen(value));
     else if (!strcasecmp(name,AUX_END)) {

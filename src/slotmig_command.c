@@ -764,7 +764,7 @@ static void ask(client *c) {
     slotMigRole role = strcasecmp(c->argv[6]->ptr,"source") ? SLOTMIG_TARGET : SLOTMIG_SOURCE;
     slotMigJob *job = slotmigFindJob(c->argv[3]->ptr);
     sds why = NULL;
-    if (job == NULL && slotmigShardMates(server.cluster->myself->name) && !slotmigFresh(&why)) {
+    if (job == NULL && slotmigShardMates(server.cluster->myself->name) && !slotmigFreshOfMajority(&why)) {
         addReplyStatusFormat(c,"PENDING %s",why);   /* one of them may have replaced this node, and know */
         sdsfree(why);
         return;

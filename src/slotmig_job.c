@@ -633,17 +633,40 @@ void slotmigPromoted(void) {
 void slotmigShutdown(void) {
     slotmigRestoreShutdown();
     slotRdbLoadStop();
-    if (slotmig_jobs) slotmigEachJob(endIfPossible,"the node shuts down");
+    if (!server.cluster_enabled) return;
+    int records = slotmigAnyRecord();
+    slotmigEachJob(endIfPossible,"the node shuts down");
+    if (records && !slotmigAnyRecord()) clusterSaveConfig(1);      /* no turn of the event loop follows that would */
 }
 
 /* ---- hooks that ask about slots ---- */
 
+/* Will this SETSLOT NODE do what it says? */
+static int isValidSetslotNode(client *c, int slot) {
+    clusterNode *myself = server.cluster->myself, *n;
+    if (c->argc != 5 || strcasecmp(c->argv[3]->ptr,"node")) return 0;
+    n = clusterLookupNode(c->argv[4]->ptr,sdslen(c->argv[4]->ptr));
+    return n && clusterNodeIsMaster(n) && (n == myself || server.cluster->slots[slot] != myself || kvstoreDictSize(server.db[0].keys,slot) == 0);
+}
+
 int slotmigRefuseSlotChange(client *c, int slot) {
     slotMigJob *job = slotmigJobOfSlot(slot);
+    int setslot = !strcasecmp(c->argv[1]->ptr,"setslot");
+    const char *how = setslot && c->argc > 3 ? c->argv[3]->ptr : "";
+    if (job == NULL && setslot && !isValidSetslotNode(c,slot)) {
+        if (!strcasecmp(how,"importing")) slotmigSlotIsOurs(slot);      /* it may be from now on: keys of it are no leftovers */
+        if (strcasecmp(how,"migrating") || !slotmigIsUnserved(slot)) return 0;
+        addReplyErrorFormat(c,"Slot %d is not served here, for this node has no copy of its keys: wait until the node that it came "
+            "from has taken it back",slot);
+        return 1;
+    }
     if (job == NULL) {
         slotmigUndefendSlot(slot);
-        slotmigServeSlot(slot);
-        slotmigSlotIsOurs(slot);    /* or may be from now on: keys of it are no leftovers */
+        if (setslot && slotmigIsUnserved(slot)) {
+            slotmigServeSlot(slot);
+            slotmigDatasetChanged();    /* its replicas serve it, too, should they be promoted */
+        }
+        if (!setslot || !strcmp(c->argv[4]->ptr,server.cluster->myself->name)) slotmigSlotIsOurs(slot);
         return 0;
     }
     addReplyErrorFormat(c,"Slot %d is in slot migration %s: wait for its end or use CLUSTER "

@@ -411,7 +411,7 @@ int slotmigRivalCommand(client *c);                 /* 1: it was one of them */
 
 void slotmigBusTurn(void);
 int slotmigFresh(sds *why);
-int slotmigFreshOfMajority(void);
+int slotmigFreshOfMajority(sds *why);
 int slotmigEpochEchoed(uint64_t epoch);
 void slotmigPingMasters(void);
 clusterNode *slotmigLineageMaster(const char *name, int empty);
@@ -495,6 +495,9 @@ void slotmigLackingTurn(void);
 void slotmigLackingStart(void);
 sds slotmigSaveLacking(sds conf);
 void slotmigLoadLacking(const char *value);
+#define AUX_LACKING "slotmig-lacking"
+int slotmigCarryLacking(rio *rdb);              /* -1: a write error */
+void slotmigLackingCopied(const char *value);   /* NULL: a copy of everything begins */
 void slotmigRelayPrepared(slotMigJob *job, uint64_t n, uint64_t source_epoch, unsigned long long keys, unsigned long long expires);
 int slotmigToldCount(slotMigJob *job, slotMigWord word, uint64_t n);
 sds slotmigNotTold(slotMigJob *job, slotMigWord word, uint64_t n);
@@ -629,7 +632,7 @@ typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRA
 #define SLOTMIG_FAILPOINTS(X) \
     X(any_fork) X(source_before_attach) X(source_before_fork) X(source_in_child) X(source_in_freeze) X(source_in_filler) X(source_overlooks) \
     X(source_slot_takes_long) X(source_before_cut) \
-    X(source_before_commit) X(source_after_commit) X(source_before_trim) X(source_replica_told) \
+    X(source_before_commit) X(source_after_commit) X(source_before_trim) X(source_before_ask) X(source_before_take_back) X(source_replica_told) \
     X(source_damages_section) X(source_cuts_snapshot) X(source_flips_byte) \
     X(source_repeats_command) X(source_drops_command) \
     X(target_before_accept) X(target_before_load) X(target_before_section) X(target_before_apply) \
@@ -652,6 +655,7 @@ int clusterAddSlot(clusterNode *n, int slot);
 int clusterDelSlot(int slot);
 int getSlotOrReply(client *c, robj *o);
 void clusterSaveConfigOrDie(int do_fsync);
+int clusterSaveConfig(int do_fsync);
 void clusterDoBeforeSleep(int flags);
 void clusterBroadcastPong(int target);
 void clusterUpdateState(void);

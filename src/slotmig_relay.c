@@ -43,6 +43,7 @@
  * Public License v3 (AGPLv3), see LICENSE. */
 
 #include "slotmig_job.h"
+#include "slot_rdb.h"
 
 #define RELAY_WINDOW_MIN (64*1024)
 #define RELAY_WINDOW_SHARE 4        /* of the backlog */
@@ -506,6 +507,9 @@ static void lost(const char *id, const char *why) {
  * variable in nodes.conf. */
 static slotSet lacking, unserved;
 static uint64_t lacking_of;     /* the client of that master's stream */
+static int lacking_as_master;   /* the copy is complete, and the master lacks them as well */
+static slotSet lacking_next;    /* what the master lacks of which everything is being copied; */
+static int copying;             /* it is */
 int slotmig_unserved;           /* slots; a predictable branch for those who look up a slot */
 
 /* This node was promoted without the keys of these slots. */
@@ -557,14 +561,43 @@ void slotmigLackingStart(void) {
     if (clusterNodeIsMaster(server.cluster->myself)) slotmigLackingPromoted();
 }
 
-/* Each turn of the event loop. A copy of everything makes a new client: then the keys are here. */
+/* In an RDB for replicas: they lack what their master lacks. */
+int slotmigCarryLacking(rio *rdb) {
+    sds text = slotmigSaveLacking(sdsempty());
+    const char *ranges = strrchr(text,' ');
+    int res = ranges ? slotRdbWriteAux(rdb,AUX_LACKING,ranges+1,strlen(ranges+1)) : 0;
+    sdsfree(text);
+    return res;
+}
+
+void slotmigLackingCopied(const char *value) {
+    if (value == NULL) slotSetClear(&lacking_next);
+    else if (!slotmigParseRanges(value,&lacking_next)) serverLog(LL_WARNING,"The master's RDB: " AUX_LACKING " is not understood: %.100s",value);
+    copying = 1;
+}
+
+/* Each turn of the event loop. A copy of everything makes a new client: then the keys are here
+ * that the master has. */
 void slotmigLackingTurn(void) {
-    if (lacking.count && server.master && server.master->id != lacking_of) {
-        slotSetClear(&lacking);
-        clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+    if (copying && server.master && server.master->id != lacking_of) {
+        if (lacking.count || lacking_next.count) clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+        lacking = lacking_next;
+        lacking_of = server.master->id;
+        lacking_as_master = 1;
+        copying = 0;
     }
-    for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1))
-        if (server.cluster->slots[j] != server.cluster->myself) slotmigServeSlot(j);
+    for (int j = slotSetNext(&lacking,0); lacking_as_master && j != -1; j = slotSetNext(&lacking,j+1)) {
+        clusterNode *owner = server.cluster->slots[j];
+        if (owner && !slotmigSameLineage(owner,server.cluster->myself->name)) slotmigServeSlot(j);    /* they went back */
+    }
+    for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1)) {
+        clusterNode *owner = server.cluster->slots[j];
+        if (owner == server.cluster->myself) continue;
+        slotmigServeSlot(j);
+        if (owner == NULL || !slotmigSameLineage(owner,server.cluster->myself->name)) continue;
+        slotSetAdd(&lacking,j);     /* whoever replaced this node has what this one has */
+        lacking_as_master = 1;
+    }
 }
 
 void slotmigHaveSlots(const slotSet *slots) {
@@ -584,6 +617,7 @@ static void copyAnew(const char *id, const slotSet *slots, const char *why) {
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
         if (!slotSetHas(&lacking,j)) slotSetAdd(&lacking,j);
     lacking_of = server.master->id;
+    lacking_as_master = copying = 0;
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
     server.master->flags |= CLIENT_PROTOCOL_ERROR;      /* it is not to be cached */
     freeClientAsync(server.master);
@@ -624,9 +658,10 @@ static void trimReplica(const char *id, clusterNode *target, uint64_t epoch, con
     }
     slotmigAofTurn();       /* before what is written to them next, if they come back */
     slotmigLimboFree(limbo);
-    if (target && master && master->numslots == 0 && server.cluster_allow_replica_migration)
-        slotmigFollow(target);
     slotmigRecordDrop(id);
+    /* Not with another hand-off in doubt, as the master does not: the end of that one brings it here again. */
+    if (target && master && master->numslots == 0 && server.cluster_allow_replica_migration && !slotmigAnyHandoff())
+        slotmigFollow(target);
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE);
 }
 

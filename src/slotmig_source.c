@@ -121,6 +121,7 @@ struct slotMigSource {
     slotMigSaver *saver;            /* this one; NULL: not yet, or it is done */
     slotSet left, large, modules;   /* slots not in the snapshot yet, of which nothing is streamed: to
                                      * be taken by the saver, by a fork behind it, on the main thread */
+    mstime_t no_snapshot_since;     /* neither a process nor a thread was to be had since; 0: it was */
     slotSet large_values;           /* of `large`: for module values that the main thread cannot save in time */
     slotRdbWriter *partial;         /* where that fork goes on */
     int saver_at_end;
@@ -1031,8 +1032,10 @@ static void announceSnapshot(slotMigJob *job) {
 /* There was neither a process nor a thread to be had: again in a while, until the time-out.
  * Takes `why`. */
 static void noSnapshot(slotMigJob *job, sds why) {
-    job->src->next_attempt = mstime()+FORK_PERIOD;
-    if (mstime() - job->state_since >= slotmigTimeout(job)) {
+    slotMigSource *s = job->src;
+    s->next_attempt = mstime()+FORK_PERIOD;
+    if (!s->no_snapshot_since) s->no_snapshot_since = mstime();
+    if (mstime() - s->no_snapshot_since >= slotmigTimeout(job)) {
         slotmigFail(job,SLOTMIG_FAILED,why);
     } else {
         slotmigSetReason(job,"%s",why);
@@ -1081,6 +1084,7 @@ static void startSnapshots(void) {
             continue;
         }
         s->child = pid;
+        s->no_snapshot_since = 0;
         if (s->partial) {
             job->snapshot_by = "thread and fork";
             sdsfree(job->forked);
@@ -1118,6 +1122,7 @@ static void startSaver(slotMigJob *job) {
         noSnapshot(job,sdsnew("cannot start the snapshot's thread: the node is out of threads or descriptors"));
         return;
     }
+    s->no_snapshot_since = 0;
     job->snapshot_by = "thread";
     announceSnapshot(job);
 }
@@ -1895,7 +1900,8 @@ static void askDone(connection *conn, const char *line, const char *error, void 
     }
     else if (!strncmp(line,"+DISCARDED",10)) {
         sds why;
-        if (slotmigFresh(&why)) takeBack(job,line[10] == ' ' && line[11] ? line+11 : "it had lost the job, or discards the attempt",!line[10]);
+        if (slotmigFailPoint(FP_source_before_take_back) == FAILPOINT_FAIL) return;     /* as if the answer was lost */
+        if (slotmigFreshOfMajority(&why)) takeBack(job,line[10] == ' ' && line[11] ? line+11 : "it had lost the job, or discards the attempt",!line[10]);
         else slotmigSetReason(job,"%s; the target discarded it, but %s",slotmig_state_names[job->state],why);
         sdsfree(why);
     }
@@ -1918,6 +1924,7 @@ static void askTarget(slotMigJob *job) {
         slotmigSetReason(job,"%s; the target was forgotten: CLUSTER MEET it again",slotmig_state_names[job->state]);
         return;
     }
+    if (slotmigFailPoint(FP_source_before_ask) == FAILPOINT_PAUSE) return;
     memcpy(job->src->asked,target->name,CLUSTER_NAMELEN);
     job->src->ask = slotmigAsk(job,target,askDone);
 }
@@ -1963,8 +1970,9 @@ static void trimStep(slotMigJob *job) {
     sdsfree(cannot);
     clusterNode *target = slotmigPeer(job), *myself = server.cluster->myself;
     slotmigEndJob(job,SLOTMIG_DONE,NULL);
-    /* As upstream does on seeing the claim of a node's last slot. */
-    if (target && clusterNodeIsMaster(myself) && myself->numslots == 0 && !slotmigTakes() &&
+    /* As upstream does on seeing the claim of a node's last slot. Not with another hand-off in
+     * doubt, whose keys this node may have to serve again: the last one to end does it. */
+    if (target && clusterNodeIsMaster(myself) && myself->numslots == 0 && !slotmigTakes() && !slotmigSourceInDoubt() &&
         server.cluster_allow_replica_migration)
     {
         serverLog(LL_NOTICE,"The last slot moved away. Reconfiguring myself as a replica of %.40s",target->name);

@@ -1334,7 +1334,7 @@ int slotmigSlotIsDefended(int slot, clusterNode *claimant) {
 
 int slotmigDefends(int slot, clusterNode *claimant, uint64_t epoch) {
     if (__builtin_expect(defences == NULL,1) || server.cluster->slots[slot] != server.cluster->myself) return 0;
-    if (!slotmigSlotIsDefended(slot,claimant) || !slotmigFreshOfMajority()) return 0;
+    if (!slotmigSlotIsDefended(slot,claimant) || !slotmigFreshOfMajority(NULL)) return 0;
     if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
     if (!raise_epoch) serverLog(LL_NOTICE,"Node %.40s claims slot %d, which this node took over: claimed again with a higher epoch",
         claimant->name,slot);
@@ -1522,7 +1522,7 @@ sds slotmigTargetAnswer(slotMigJob *job, const char *asker, int inherited, int c
     sds why;
     /* With replicas that were told of it, one may have replaced this node and have
      * acted. Without, nobody but this node can have. */
-    if (job->relay_seq && !slotmigFresh(&why)) {
+    if (job->relay_seq && !slotmigFreshOfMajority(&why)) {
         sds answer = sdscatfmt(sdsempty(),"PENDING %S",why);
         sdsfree(why);
         return answer;
@@ -2271,7 +2271,8 @@ void slotmigTargetFree(slotMigJob *job) {
         slotmigLinkSend(t->stream,sdscatsds(f,job->last_error));
     }
     slotmigLinkFree(t->stream);
-    if (t->relaying && job->state != SLOTMIG_DONE) {
+    /* Also between two beginnings: the replicas have the first one still. */
+    if (job->relay_seq && !t->relayed && job->state != SLOTMIG_DONE) {
         slotmigRelayBytes(job,RELAY_ABORT,job->last_error,sdslen(job->last_error));
         slotmigWasLastWord(job);
     }

@@ -83,7 +83,7 @@ proc reached {n name} {R $n debug slotmig failpoint $name}
 
 set ::failpoint_names {
     source_before_attach source_before_fork source_in_child source_in_freeze source_in_filler source_overlooks source_before_cut
-    source_before_commit source_after_commit source_before_trim
+    source_before_commit source_after_commit source_before_trim source_before_ask source_before_take_back
     source_damages_section source_cuts_snapshot source_flips_byte source_repeats_command source_drops_command
     target_before_accept target_before_load target_before_section
     target_before_apply target_before_prepared target_prepared target_before_takeover

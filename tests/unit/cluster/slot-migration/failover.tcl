@@ -168,6 +168,28 @@ start_cluster 3 3 {tags {external:skip cluster}} {
 }
 
 start_cluster 3 3 {tags {external:skip cluster}} {
+    test "The last slots of a shard move to two nodes: its nodes stay while one hand-off is in doubt" {
+        set before [begin]
+        failpoint 2 target_after_takeover pause
+        set ids [R 0 cluster migrate-slots slotsrange 11 5461 node [node_id 1] slotsrange 0 10 node [node_id 2]]
+        wait_job_state 0 [lindex $ids 0] done
+        wait_job_state 2 [lindex $ids 1] taken
+        foreach slot {3 100} node {2 1} {wait_for_condition 1000 10 {[slot_owner 0 $slot] == $node && [slot_owner 3 $slot] == $node} else {fail [R 3 cluster nodes]}}
+        set pings [CI 3 cluster_stats_messages_sent]
+        wait_for_condition 1000 10 {[CI 3 cluster_stats_messages_sent] > $pings+20} else {fail "no pings"}
+        assert_equal {master slave} [list [status [Rn 0] role] [status [Rn 3] role]]
+        assert_equal [node_port 0] [status [Rn 3] master_port]
+        assert_equal committed [job_field 0 [lindex $ids 1] state]
+        failpoint 2 target_after_takeover off
+        wait_job_state 0 [lindex $ids 1] done
+        foreach n {0 3} {
+            wait_for_condition 2000 10 {[status [Rn $n] role] eq "slave" && [status [Rn $n] master_port] eq [node_port 2]} else {fail "node $n follows nobody: [R $n cluster nodes]"}
+        }
+        assert_same_dump $before [slots_dump 2 $::slots]
+    }
+}
+
+start_cluster 3 3 {tags {external:skip cluster}} {
     test "The source's whole shard dies before the commit: the prepared target takes over when the operator says so" {
         set before [begin]
         for {set n 0} {$n < 6} {incr n} {R $n config set cluster-require-full-coverage no}
@@ -331,9 +353,7 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save ""}} {
         set before [begin]
         failpoint 5 target_replica_takeover fail
         R 2 config set rdb-key-save-delay 10000
-        # the source's questions are refused until the end
-        R 5 acl setuser default -cluster|slotmig
-        R 5 config rewrite
+        failpoint 0 source_before_ask pause
         set id [migrate 0 2 3 10]
         wait_job_state 2 $id taken
         wait_for_condition 1000 10 {[count_log_message -5 "synchronizes anew"] > 0} else {fail "[job 5 $id]"}
@@ -343,12 +363,30 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save ""}} {
             wait_for_condition 1000 10 {[CI 5 cluster_state] eq "ok"} else {fail [R 5 cluster info]}
             assert_error "CLUSTERDOWN Hash slot not served*" {R 5 get [key_in 3 probe]}
             assert_error "CLUSTERDOWN Hash slot not served*" {R 5 set [key_in 10 probe] x}
+            # Nor is it served by what does not say so.
+            R 5 cluster setslot 3 stable
+            assert_error "*Unknown node*" {R 5 cluster setslot 3 node nonsense}
+            assert_error "*already busy*" {R 5 cluster addslots 3}
+            assert_error "*Slot 3 is not served here*" {R 5 cluster setslot 3 migrating [node_id 1]}
+            assert_error "CLUSTERDOWN Hash slot not served*" {R 5 set [key_in 3 probe] x}
             if {$round eq "promoted"} {kill_node 5; start_node_again 5}
         }
         assert_equal committed [job_field 0 $id state]
-        R 5 acl setuser default +cluster|slotmig
-        assert_ends {0 5} $before 2
-        assert_equal 0 [string match *slotmig-lacking* [exec cat [file join [lindex [R 5 config get dir] 1] nodes.conf]]]
+        # Who copies everything from it has no copy either.
+        start_node_again 2
+        wait_for_condition 1000 10 {[status [Rn 2] role] eq "slave" && [status [Rn 2] master_link_status] eq "up"} else {fail [R 2 cluster nodes]}
+        assert_equal OK [R 2 cluster failover takeover]
+        wait_for_condition 1000 10 {[status [Rn 2] role] eq "master" && [CI 2 cluster_state] eq "ok"} else {fail [R 2 cluster nodes]}
+        assert_error "CLUSTERDOWN Hash slot not served*" {R 2 set [key_in 3 probe] x}
+        wait_for_condition 1000 10 {[status [Rn 5] role] eq "slave" && [status [Rn 5] master_link_status] eq "up"} else {fail [R 5 cluster nodes]}
+        kill_node 5
+        # It gives them up, and says so as often as it is asked: the first answer may be lost.
+        failpoint 0 source_before_take_back fail
+        failpoint 0 source_before_ask off
+        wait_for_condition 2000 10 {[reached 0 source_before_take_back] > 2} else {fail "[job 0 $id]"}
+        failpoint 0 source_before_take_back off
+        assert_ends {0 2} $before 5
+        assert_equal 0 [string match *slotmig-lacking* [exec cat [lindex [R 2 config get dir] 1]/[lindex [R 2 config get cluster-config-file] 1]]]
     }
 }
 

@@ -23,15 +23,25 @@ set ::held_by {
     trimming  trimming  done       source source_before_trim
 }
 
-# Until it is the master: who has voted for one of its shard may refuse for a while.
+# Until it is the master: who has voted for one of its shard may refuse for a while. And upstream's
+# counts the votes of its last election once more when it comes soon after that: such a master has
+# no new epoch, and is none in a moment.
 proc fail_over {n kind} {
-    for {set tries 0} {$tries < 3 && [status [Rn $n] role] ne "master"} {incr tries} {
-        assert_equal OK [R $n cluster failover {*}$kind]
-        for {set i 0} {$i < 550 && [status [Rn $n] role] ne "master"} {incr i} {after 10}
+    set mate [shard_mate $n]
+    set over {[status [Rn $n] role] eq "master" && [status [Rn $mate] role] eq "slave"}
+    for {set tries 0} {$tries < 4 && ![expr $over]} {incr tries} {
+        catch {R $n cluster failover {*}$kind}
+        for {set i 0} {$i < 550 && ![expr $over]} {incr i} {after 10}
     }
     wait_promoted $n
-    set mate [shard_mate $n]
     wait_for_condition 2000 10 {[status [Rn $mate] role] eq "slave"} else {fail "node $mate does not follow: [R $mate cluster nodes]"}
+}
+
+# As node n knows it, and no other is asked: some stand still.
+proc owner_id {n slot} {
+    foreach range [R $n cluster slots] {
+        if {$slot >= [lindex $range 0] && $slot <= [lindex $range 1]} {return [lindex $range 2 2]}
+    }
 }
 
 # Everything has come to rest: no job, no record; a shard has the slots with these keys, at
@@ -148,6 +158,7 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow
         set id [migrate $from $to 3 10]
         foreach n [list $from $to] {wait_job_state $n $id done}
         set before [slots_dump $to $::slots]
+        set to_id [node_id $to]
         set_failover_timeouts 1000
         foreach n {1 4} {pause_process [node_pid $n]}
         wait_for_condition 1000 10 {[CI $to cluster_state] eq "fail"} else {fail [R $to cluster info]}
@@ -156,7 +167,7 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow
         R $from cluster addslots 3
         R $from cluster bumpepoch
         R $from exec
-        wait_for_condition 1000 10 {[slot_owner $from 3] == $to} else {fail "node $from keeps it: [R $from cluster nodes]"}
+        wait_for_condition 1000 10 {[owner_id $from 3] eq $to_id} else {fail "node $from keeps it: [R $from cluster nodes]"}
         assert_morethan [count_log_message -$to "claims slot 3, which this node took over"] 0
         foreach n {1 4} {resume_process [node_pid $n]}
         set_failover_timeouts 3000

@@ -385,7 +385,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         foreach slot {5 6} {fill_all_types 0 $slot}
         set before [slots_dump 0 {5 6}]
         set settings {
-            rdbcompression {no yes} rdbchecksum {no yes} activerehashing {no yes} hz {100 10}
+            rdbcompression {no yes} activerehashing {no yes} hz {100 10}
             hash-max-listpack-entries {1 512} zset-max-listpack-entries {1 128} list-max-listpack-size {1 -2}
             set-max-intset-entries {1 512} maxmemory-policy {allkeys-lfu volatile-lru noeviction}
             lazyfree-lazy-user-del {yes no} cluster-slot-migration-snapshot {fork thread auto}
@@ -407,6 +407,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
             fill_strings 0 {5 6 100} 4000 200
             foreach slot {5 6 100} {for {set i 0} {$i < 4000} {incr i 2} {R 0 del [key_in $slot k$i]}}
             set before [slots_dump 0 {5 6}]
+            set others [R 0 cluster countkeysinslot 100]
             with_config {0 {active-defrag-ignore-bytes 1 active-defrag-threshold-lower 0 active-defrag-cycle-min 25 active-defrag-cycle-max 50 activedefrag yes}} {
                 storm id {
                     wait_for_condition 500 10 {[status [Rn 0] active_defrag_running] > 0} else {fail "no defragmentation: [R 0 info memory]"}
@@ -415,7 +416,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
                 R 0 config set activedefrag no
             }
             assert_same_dump $before [slots_dump 2 {5 6}]
-            assert_equal 2000 [R 0 dbsize]
+            assert_equal $others [R 0 dbsize]
             assert_equal {0 0} [list [freeze_field 0 stalls] [freeze_field 0 guarded]]
         }
     }
@@ -423,7 +424,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
     test "A module opens keys that its command names, or does not, while slots are frozen again and again" {
         fresh
         R 0 config resetstat
-        load_test_module 0 misc {}
+        load_test_module 0 misc {"\"no-cluster\"" "\"\""}
         some_keys 0 {5 6} 5
         storm id {
             for {set i 0} {$i < 100} {incr i} {
@@ -567,12 +568,16 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         assert_equal 0 [freeze_field 0 guarded]
     }
 
-    test "SHUTDOWN while a slot is frozen saves it, too" {
+    test "A shutdown while slots are frozen again and again saves them, too" {
         fresh
         some_keys 0 {5 6} 5
-        set id [start_frozen 5 5]
+        R 0 config set save "3600 1"
+        failpoint 0 source_in_freeze fail 100
+        set seen [freezes 0]
+        set id [migrate 0 2 5 6]
+        wait_for_condition 500 10 {[freezes 0] > $seen+100} else {fail "[job 0 $id]"}
         set pid [node_pid 0]
-        catch {R 0 shutdown save}
+        exec kill -TERM $pid
         wait_for_condition 500 10 {![is_alive $pid]} else {fail "node 0 does not end"}
         start_node_again 0
         wait_cluster_agrees
