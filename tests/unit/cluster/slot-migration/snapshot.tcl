@@ -370,6 +370,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         R 0 eval {for i = 1, 3000 do redis.call('setrange','{' .. KEYS[1] .. '}' .. i,99999,'x') end} 1 [slot_tag 5]
         R 0 eval {for i = 1, 300 do redis.call('hset','{' .. KEYS[1] .. '}' .. i,'a',string.rep('x',90000),'b',i) end} 1 [slot_tag 6]
         some_keys 0 [slots_of {7 200}] 5
+        wait_for_cluster_state ok       ;# the node may have been gone for long enough
         set before [slots_dump 0 6]
         set id [migrate 0 2 5 200]
         wait_migrated 0 2 $id
