@@ -108,6 +108,7 @@ void slotSetRemove(slotSet *s, int slot) {
 }
 
 int slotSetNext(const slotSet *s, int slot) {
+    if (s->count == 0) return -1;   /* some are looked at in each turn of the event loop */
     for (; slot < CLUSTER_SLOTS; slot++) {
         if (s->bits[slot/8] == 0) { slot |= 7; continue; }
         if (slotSetHas(s,slot)) return slot;
