@@ -637,7 +637,7 @@ void slotmigShutdown(void) {
     if (!server.cluster_enabled) return;
     int records = slotmigAnyRecord();
     slotmigEachJob(endIfPossible,"the node shuts down");
-    if (records && !slotmigAnyRecord()) clusterSaveConfig(1);      /* no turn of the event loop follows that would */
+    if (slotmigAnyRecord() < records) clusterSaveConfig(1);      /* no turn of the event loop follows that would */
 }
 
 /* ---- hooks that ask about slots ---- */
@@ -656,6 +656,7 @@ int slotmigRefuseSlotChange(client *c, int slot) {
     const char *how = setslot && c->argc > 3 ? c->argv[3]->ptr : "";
     if (job == NULL && setslot && !isValidSetslotNode(c,slot)) {
         if (!strcasecmp(how,"importing")) slotmigSlotIsOurs(slot);      /* it may be from now on: keys of it are no leftovers */
+        if (!strcasecmp(how,"migrating")) slotmigUndefendSlot(slot);    /* an operator moves it away */
         if (strcasecmp(how,"migrating") || !slotmigIsUnserved(slot)) return 0;
         addReplyErrorFormat(c,"Slot %d is not served here, for this node has no copy of its keys: wait until the node that it came "
             "from has taken it back",slot);
@@ -667,7 +668,7 @@ int slotmigRefuseSlotChange(client *c, int slot) {
             slotmigServeSlot(slot);
             slotmigDatasetChanged();    /* its replicas serve it, too, should they be promoted */
         }
-        if (!setslot || !strcmp(c->argv[4]->ptr,server.cluster->myself->name)) slotmigSlotIsOurs(slot);
+        slotmigSlotIsOurs(slot);
         return 0;
     }
     addReplyErrorFormat(c,"Slot %d is in slot migration %s: wait for its end or use CLUSTER "

@@ -195,8 +195,9 @@ int slotmigRecordCovers(int slot) {
     return 0;
 }
 
+/* How many. */
 int slotmigAnyRecord(void) {
-    return records && listLength(records);
+    return records ? listLength(records) : 0;
 }
 
 int slotmigAnyHandoff(void) {

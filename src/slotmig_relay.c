@@ -556,9 +556,10 @@ void slotmigLoadLacking(const char *value) {
         serverLog(LL_WARNING,"nodes.conf: slotmig-lacking is not understood from some place on: %.100s",value);
 }
 
-/* The first turn after a start. A replica copies all of its master's data before it can say more. */
+/* The first turn after a start. A replica may go on with what it had. */
 void slotmigLackingStart(void) {
     if (clusterNodeIsMaster(server.cluster->myself)) slotmigLackingPromoted();
+    else lacking_as_master = 1;
 }
 
 /* In an RDB for replicas: they lack what their master lacks. */
@@ -604,8 +605,16 @@ void slotmigHaveSlots(const slotSet *slots) {
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) slotmigServeSlot(j);
 }
 
+/* A copy of everything ends here, in whatever way: what the master lacked of it, this node does. */
+static void endCopying(void) {
+    for (int j = slotSetNext(&lacking_next,0); copying && j != -1; j = slotSetNext(&lacking_next,j+1)) slotSetAdd(&lacking,j);
+    slotSetClear(&lacking_next);
+    copying = 0;
+}
+
 /* This replica was promoted. */
 void slotmigLackingPromoted(void) {
+    endCopying();
     slotmigDoNotServe(&lacking);
     slotSetClear(&lacking);
 }
@@ -614,10 +623,11 @@ void slotmigLackingPromoted(void) {
 static void copyAnew(const char *id, const slotSet *slots, const char *why) {
     serverLog(LL_WARNING,"Slot migration %.8s: %s: this replica synchronizes anew with its master",id,why);
     if (server.master == NULL) return;
+    endCopying();
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
         if (!slotSetHas(&lacking,j)) slotSetAdd(&lacking,j);
     lacking_of = server.master->id;
-    lacking_as_master = copying = 0;
+    lacking_as_master = 0;
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
     server.master->flags |= CLIENT_PROTOCOL_ERROR;      /* it is not to be cached */
     freeClientAsync(server.master);

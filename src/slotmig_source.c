@@ -1605,6 +1605,7 @@ static void gotHave(slotMigJob *job, frameReader *r) {
     long long offset = frameGetInt(r,8);
     uint64_t bytes = frameGetInt(r,8), attempt = frameGetInt(r,8);
     const char *bits = frameGetBytes(r,CLUSTER_SLOTS/8);
+    s->no_snapshot_since = 0;
     if (r->bad || s->known || offset > s->agreed) {
         r->bad = 1;
         return;
@@ -1800,6 +1801,7 @@ static void takeBack(slotMigJob *job, const char *why, int go_on) {
         slotmigLimboTake(limbo,j);
     }
     slotmigLimboFree(limbo);
+    clusterNode *owner = server.cluster->slots[slotSetNext(&job->slots,0)];
     int all_ours = clusterNodeIsMaster(myself);
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) all_ours &= server.cluster->slots[j] == myself;
     if (go_on && all_ours && slotmigTimeout(job)) {
@@ -1810,6 +1812,9 @@ static void takeBack(slotMigJob *job, const char *why, int go_on) {
     } else {
         slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target did not take over: %s",why));
     }
+    /* As after a hand-off that took the last slots, see trimStep(). */
+    if (clusterNodeIsMaster(myself) && myself->numslots == 0 && owner && !slotmigSourceInDoubt() && server.cluster_allow_replica_migration)
+        slotmigFollow(owner);
     unblockPostponedClients();
 }
 

@@ -173,4 +173,24 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow
         set_failover_timeouts 3000
         assert_rest 2 $before
     }
+
+    test "A slot that is moved back the classic way at once is not defended" {
+        fresh_shards $::slots stay
+        set from [shard_master 0]
+        set to [shard_master 2]
+        fill_strings $from $::slots 80 100
+        set before [slots_dump $from 3]
+        set id [migrate $from $to 3 10]
+        foreach n [list $from $to] {wait_job_state $n $id done}
+        R $from cluster setslot 3 importing [node_id $to]
+        R $to cluster setslot 3 migrating [node_id $from]
+        R $to migrate 127.0.0.1 [node_port $from] "" 0 5000 keys {*}[R $to cluster getkeysinslot 3 1000]
+        R $from cluster setslot 3 node [node_id $from]
+        # The claim comes before the operator's next command.
+        wait_for_condition 1000 10 {[slot_owner $to 3] == $from} else {fail "node $to keeps it: [R $to cluster nodes]"}
+        R $to cluster setslot 3 node [node_id $from]
+        wait_cluster_agrees
+        assert_equal $from [slot_owner 1 3]
+        assert_same_dump $before [slots_dump $from 3]
+    }
 }
