@@ -59,7 +59,7 @@ proc wait_failed {n id why} {
 
 # How many clients node n has.
 proc clients_of {n} {
-    llength [split [string trim [R $n client list]] \n]
+    llength [split [string trim [R $n client list type normal]] \n]
 }
 
 # R's own connections act for this user.
