@@ -126,6 +126,11 @@ static void slotBackupMode(void) {
     if (slot_backup.file == NULL) return;
     if (cliConnect(0) == REDIS_ERR) exit(1);
     int to_stdout = !strcmp(slot_backup.file,"-");
+    struct stat there;
+    if (!to_stdout && lstat(slot_backup.file,&there) == 0 && !S_ISREG(there.st_mode)) {   /* it would be replaced */
+        fprintf(stderr,"%s is no regular file: give another name, or - for the standard output\n",slot_backup.file);
+        exit(1);
+    }
     sds temporary = sdscatprintf(sdsempty(),"%s.%d.tmp",slot_backup.file,(int)getpid());
     crc64_init();
     slotBackupAsk(mark);

@@ -776,6 +776,14 @@ static int summary(list *jobs) {
 /* Who looks at the cluster next is to find what we say. */
 static void waitForAgreement(void) {
     long long until = mstime() + SLOT_MIGRATIONS_AGREE_MS;
+    struct timeval limit = { .tv_sec = SLOT_MIGRATIONS_AGREE_MS/1000/2 };       /* a node may hang */
+    listIter li;
+    listNode *ln;
+    listRewind(cluster_manager.nodes,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        clusterManagerNode *n = ln->value;
+        if (n->context) redisSetTimeout(n->context,limit);
+    }
     while (!clusterManagerIsConfigConsistent()) {
         if (mstime() > until) {
             clusterManagerLogWarn("*** Not all nodes have heard of it yet: see redis-cli --cluster check\n");
@@ -1417,10 +1425,26 @@ static int slotMigrationsEmptyNode(char **argv, clusterManagerNode **node) {
 /* ---- migrate-slots ---- */
 
 static clusterManagerNode *masterById(const char *option, const char *id) {
-    clusterManagerNode *n = id ? clusterManagerNodeByAbbreviatedName(id) : NULL;
-    if (id == NULL) clusterManagerLogErr("[ERR] %s and a node's id must be given\n",option);
+    clusterManagerNode *n = NULL;
+    listIter li;
+    listNode *ln;
+    int found = 0;
+    if (id == NULL || *id == '\0') {
+        clusterManagerLogErr("[ERR] %s and a node's id must be given\n",option);
+        return NULL;
+    }
+    listRewind(cluster_manager.nodes,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        clusterManagerNode *one = ln->value;
+        if (one->name == NULL || strncasecmp(one->name,id,strlen(id))) continue;
+        n = one;
+        found++;
+    }
+    if (found > 1) clusterManagerLogErr("[ERR] %s: the ids of %d nodes begin with %s\n",option,found,id);
     else if (n == NULL) clusterManagerLogErr("[ERR] %s: no master of the cluster has the id %s\n",option,id);
-    return n;
+    else if (n->flags & CLUSTER_MANAGER_FLAG_SLAVE) clusterManagerLogErr("[ERR] %s: %s, %s:%d, is a replica\n",option,n->name,n->ip,n->port);
+    else return n;
+    return NULL;
 }
 
 static clusterManagerNode *slotServer(int slot) {

@@ -319,7 +319,7 @@ static void migrateslots(client *c) {
     }
     slotSet *slots = zmalloc(sizeof(*slots)*SLOTMIG_BLOCKS_MAX), all;
     clusterNode *targets[SLOTMIG_BLOCKS_MAX];
-    const struct slotMigControl control = { .wait_replicas = -1 };
+    const struct slotMigControl control = { .wait_replicas = -1, .timeout = -1 };     /* as configured */
     int blocks = 0, at = 2;
     slotSetClear(&all);
     while (at < c->argc) {

@@ -123,6 +123,10 @@ start_cluster 2 2 {tags {external:skip cluster} overrides {save {} appendonly no
         assert_equal 1 $status
         assert_match "*cannot be created: No such file or directory" $output
         assert_equal {} [glob -nocomplain $none*]
+        lassign [cli_backup 0 5 /dev/null] status output
+        assert_equal 1 $status
+        assert_match "/dev/null is no regular file: *" $output
+        assert_equal characterSpecial [file type /dev/null]
         R 1 cluster delslots 16000
         assert_error "*slot 16000 is served by no node*" {R 1 cluster backup-slots slotsrange 15990 16000}
         R 1 cluster addslots 16000

@@ -384,6 +384,7 @@ start_cluster 3 0 {tags {external:skip cluster tls:skip} overrides {cluster-allo
             "*'16384'*"                         {--cluster-to $id2 --cluster-slots-ranges 16384}
             "*Slot 5462 is not served by --cluster-from but by $id1*" {--cluster-from $id0 --cluster-to $id2 --cluster-slots-ranges 5461-5462}
             "*--cluster-to and a node's id must be given*"            {--cluster-slots-ranges 5}
+            "*--cluster-to and a node's id must be given*"            {--cluster-to "" --cluster-from $id0}
             "*--cluster-from and a node's id must be given*"          {--cluster-to $id2}
             "*--cluster-classic is for*"                              {--cluster-to $id2 --cluster-slots-ranges 5 --cluster-classic}
         } {

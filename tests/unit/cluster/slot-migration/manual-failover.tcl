@@ -193,4 +193,23 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow
         assert_equal $from [slot_owner 1 3]
         assert_same_dump $before [slots_dump $from 3]
     }
+
+    test "A command that waits for a target is told that its node is no master any more" {
+        fresh_shards $::slots stay
+        set from [shard_master 0]
+        set to [shard_master 2]
+        set mate [shard_mate $from]
+        hold_in_phase offered $from $to 3 10
+        assert_equal OK [R $mate cluster failover takeover]
+        wait_for_condition 1000 10 {[status [Rn $from] role] eq "slave"} else {fail "node $from does not follow"}
+        assert_error "UNBLOCKED*" {$::held_request read}
+        $::held_request close
+        resume_process [node_pid $to]
+        set_failover_timeouts 3000
+        for {set n 0} {$n < 6} {incr n} {
+            wait_for_condition 2000 10 {[jobs_running $n] == 0} else {fail "node $n goes on: [R $n cluster slot-migrations]"}
+        }
+        wait_replicas_up
+        wait_cluster_agrees
+    }
 }

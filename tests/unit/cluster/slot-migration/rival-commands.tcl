@@ -241,6 +241,7 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         foreach {slots ranges target n} [list "15 20-25" "15-15 20-25" $id1 1 30-31 30-31 $id2 2 40 40-40 $id1 1] {
             set id [dict get $ids $slots]
             wait_job_state 0 $id streaming
+            assert_equal {-1 -1} [list [job_field 0 $id timeout] [job_field 0 $id wait-replicas]] "as any other migration"
             foreach {node operation state} [list 0 EXPORT replicating $n IMPORT waiting-for-paused] {
                 set job [rival_export $node $id]
                 assert_equal [list {*}$::export_fields] [dict keys $job]
