@@ -37,6 +37,7 @@ typedef struct slotBackup {
 static list *asked;                 /* of slotBackup*, oldest first */
 static slotBackup *running;
 static connection *conn;            /* the running one's */
+static pid_t child;                 /* the process that sends it */
 static mstime_t started;
 
 static void backupFree(slotBackup *b) {
@@ -128,6 +129,7 @@ static int start(slotBackup *b) {
     int pid = RM_Fork(backupDone,NULL);
     if (pid == 0) RM_ExitFromChild(sendBackup() == 0 ? 0 : 1);
     slotmigWork(was);
+    child = pid;
     if (pid == -1) {
         sds line = sdscatprintf(sdsempty(),"-ERR cannot fork the backup's child process: %s\r\n",strerror(errno));
         connWrite(conn,line,sdslen(line));
@@ -145,6 +147,7 @@ static int start(slotBackup *b) {
 void slotmigBackupTurn(void) {
     if ((running == NULL && (asked == NULL || listLength(asked) == 0)) || slotmigMustNotExecute()) return;
     if (running && server.child_type == CHILD_TYPE_MODULE) checkChildrenDone();     /* its end is news */
+    if (running && server.child_pid != child) backupDone(0,SIGUSR1,NULL);   /* ended by a SHUTDOWN that then failed */
     while (running == NULL && listLength(asked)) {
         listNode *ln = listFirst(asked);
         slotBackup *b = listNodeValue(ln);

@@ -350,7 +350,7 @@ static int outputIsFull(void) {
     listRewind(server.slaves,&li);
     while ((ln = listNext(&li)) != NULL) {
         client *c = listNodeValue(ln);
-        if (c->replstate == SLAVE_STATE_ONLINE && getClientOutputBufferMemoryUsage(c) > OUTPUT_MAX) return 1;
+        if (getClientOutputBufferMemoryUsage(c) > OUTPUT_MAX) return 1;    /* also while it copies everything */
     }
     return 0;
 }
@@ -397,6 +397,7 @@ static void loaderWoken(void *unused) {
 static void verified(void) {
     slotReader *r = restore.reader;
     pthread_join(r->thread,NULL);
+    r->runs = 0;
     sds error = checkNode();
     for (int j = slotSetNext(&r->slots,0); j != -1 && error == NULL; j = slotSetNext(&r->slots,j+1)) error = checkSlot(j);
     connection *conn = error ? NULL : slotmigPipe(&r->out,&error);

@@ -330,7 +330,8 @@ static void *saverMain(void *arg) {
         int error = errno;
         pthread_mutex_lock(&s->mutex);
         if (failed) s->error = error;
-        s->given = s->filling = 0;
+        if (work) s->given = 0;     /* what was given while the filler was sent comes next */
+        s->filling = 0;
         triggerEventNotifier(s->notifier);
     }
     s->failed = failed;
