@@ -135,7 +135,8 @@ foreach ::checksum {yes no} {
                     R 1 config set repl-rdb-channel $rdbchannel
                     R 1 config set repl-diskless-load $load
                     R 1 config rewrite
-                    # Without a file it cannot go on with what it had.
+                    # Without a file it cannot go on with what it had: one of a copy that is under way would be such.
+                    wait_full_sync 1 -1
                     file delete $file
                     set before [status [Rn 0] sync_full]
                     restart_as 1 $which
