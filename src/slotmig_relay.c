@@ -539,13 +539,17 @@ void slotmigServeSlot(int slot) {
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 }
 
-sds slotmigSaveLacking(sds conf) {
+/* Both, "3-10,20"; NULL: none. */
+static sds lackingRanges(void) {
     slotSet both = lacking;
     for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1))
         if (!slotSetHas(&both,j)) slotSetAdd(&both,j);
-    if (both.count == 0) return conf;
-    sds ranges = sdsmapchars(slotSetToString(&both)," ",",",1);
-    conf = sdscatfmt(conf," slotmig-lacking %S",ranges);
+    return both.count ? slotmigCommaRanges(&both) : NULL;
+}
+
+sds slotmigSaveLacking(sds conf) {
+    sds ranges = lackingRanges();
+    if (ranges) conf = sdscatfmt(conf," " AUX_LACKING " %S",ranges);
     sdsfree(ranges);
     return conf;
 }
@@ -564,10 +568,9 @@ void slotmigLackingStart(void) {
 
 /* In an RDB for replicas: they lack what their master lacks. */
 int slotmigCarryLacking(rio *rdb) {
-    sds text = slotmigSaveLacking(sdsempty());
-    const char *ranges = strrchr(text,' ');
-    int res = ranges ? slotRdbWriteAux(rdb,AUX_LACKING,ranges+1,strlen(ranges+1)) : 0;
-    sdsfree(text);
+    sds ranges = lackingRanges();
+    int res = ranges ? slotRdbWriteAux(rdb,AUX_LACKING,ranges,sdslen(ranges)) : 0;
+    sdsfree(ranges);
     return res;
 }
 
