@@ -31,10 +31,14 @@ static int slotBackupOption(int argc, char **argv, int *i) {
     return 1;
 }
 
-/* "0-99,500" as " 0 99 500 500". Ends the program when it is no such thing. */
-static sds slotBackupRanges(const char *text) {
-    sds args = sdsempty();
+/* The command for "0-99,500", as it is sent. Ends the program when that names no slots. */
+static sds slotBackupRequest(const char *text) {
+    int argc = 3, most = 8;
+    sds request, *argv = zmalloc(sizeof(sds)*most);
     const char *p = text;
+    argv[0] = sdsnew("CLUSTER");
+    argv[1] = sdsnew("BACKUP-SLOTS");
+    argv[2] = sdsnew("SLOTSRANGE");
     do {
         char *end;
         long first = isdigit((unsigned char)*p) ? strtol(p,&end,10) : -1, last = first;
@@ -43,24 +47,34 @@ static sds slotBackupRanges(const char *text) {
             fprintf(stderr,"'%s' names no slots: give slots and ranges of them from 0 to %d, as in 0-99,500\n",text,CLUSTER_MANAGER_SLOTS-1);
             exit(1);
         }
-        args = sdscatfmt(args," %I %I",(long long)first,(long long)last);
+        if (argc+2 > most) argv = zrealloc(argv,sizeof(sds)*(most *= 2));
+        argv[argc++] = sdsfromlonglong(first);
+        argv[argc++] = sdsfromlonglong(last);
         p = *end ? end+1 : NULL;
     } while (p);
-    return args;
+    request = sdscatfmt(sdsempty(),"*%i\r\n",argc);
+    for (int i = 0; i < argc; i++) {
+        request = sdscatfmt(request,"$%u\r\n%S\r\n",(unsigned)sdslen(argv[i]),argv[i]);
+        sdsfree(argv[i]);
+    }
+    zfree(argv);
+    return request;
 }
 
 /* Asks for the slots and reads the first mark. */
 static void slotBackupAsk(char *mark) {
     char line[1024];
     size_t len = 0;
-    sds ranges = slotBackupRanges(slot_backup.slots);
-    sds request = sdscatfmt(sdsempty(),"CLUSTER BACKUP-SLOTS SLOTSRANGE%S\r\n",ranges);
-    if (cliWriteConn(context,request,sdslen(request)) != (ssize_t)sdslen(request)) {
-        fprintf(stderr,"The node cannot be asked for its slots: %s\n",strerror(errno));
-        exit(1);
+    sds request = slotBackupRequest(slot_backup.slots);
+    for (size_t sent = 0; sent < sdslen(request);) {
+        ssize_t n = cliWriteConn(context,request+sent,sdslen(request)-sent);
+        if (n <= 0) {
+            fprintf(stderr,"The node cannot be asked for its slots: %s\n",strerror(errno));
+            exit(1);
+        }
+        sent += n;
     }
     sdsfree(request);
-    sdsfree(ranges);
     while (len == 0 || line[len-1] != '\n') {
         if (len == sizeof(line)-1 || readConn(context,line+len,1) != 1) {
             fprintf(stderr,"The node closed the connection before it answered: see its log\n");
@@ -120,6 +134,15 @@ static const char *slotBackupReceive(slotBackupFile *f, const char *mark) {
     }
 }
 
+static char slot_backup_temporary[PATH_MAX];     /* "": there is none */
+
+/* Leaves nothing half behind. */
+static void slotBackupInterrupted(int sig) {
+    if (slot_backup_temporary[0]) unlink(slot_backup_temporary);
+    signal(sig,SIG_DFL);
+    raise(sig);
+}
+
 static void slotBackupMode(void) {
     static slotBackupFile f;
     char mark[RDB_EOF_MARK_SIZE];
@@ -132,8 +155,19 @@ static void slotBackupMode(void) {
         exit(1);
     }
     sds temporary = sdscatprintf(sdsempty(),"%s.%d.tmp",slot_backup.file,(int)getpid());
+    if (sdslen(temporary) >= sizeof(slot_backup_temporary)) {
+        fprintf(stderr,"%s: %s\n",slot_backup.file,strerror(ENAMETOOLONG));
+        exit(1);
+    }
     crc64_init();
     slotBackupAsk(mark);
+    if (!to_stdout) {
+        int sigs[] = { SIGINT, SIGTERM, SIGHUP };
+        struct sigaction sa = { .sa_handler = slotBackupInterrupted }, was;
+        memcpy(slot_backup_temporary,temporary,sdslen(temporary)+1);
+        for (size_t i = 0; i < sizeof(sigs)/sizeof(*sigs); i++)
+            if (sigaction(sigs[i],NULL,&was) == 0 && was.sa_handler != SIG_IGN) sigaction(sigs[i],&sa,NULL);
+    }
     f.fd = to_stdout ? STDOUT_FILENO : open(temporary,O_CREAT|O_EXCL|O_WRONLY,0644);
     if (f.fd == -1) {
         fprintf(stderr,"%s cannot be created: %s\n",temporary,strerror(errno));

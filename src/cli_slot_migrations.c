@@ -91,12 +91,47 @@ static int slotMigrationsOnly(void) {
     return slot_migrations.hold || slot_migrations.no_wait || slot_migrations.rate != -1 || slot_migrations.wait_replicas != -1;
 }
 
+/* With --json and --prometheus standard output has the document and nothing else: what is for
+ * people, upstream's warnings among it, goes to standard error meanwhile. */
+static sds document;        /* so far, NULL: there is to be none */
+static int document_fd;     /* where it goes in the end */
+
+static int beginDocument(void) {
+    fflush(stdout);
+    document_fd = dup(STDOUT_FILENO);
+    if (document_fd == -1 || dup2(STDERR_FILENO,STDOUT_FILENO) == -1) {
+        fprintf(stderr,"[ERR] Standard output cannot be used: %s\n",strerror(errno));
+        return 0;
+    }
+    document = sdsempty();
+    return 1;
+}
+
+/* A command that failed before it knew of a job has no document. */
+static int endDocument(int success) {
+    if (document == NULL) return success;
+    if (!slot_migrations.prometheus && (success || sdslen(document)))
+        document = sdscat(document,sdslen(document) ? "]\n" : "[]\n");
+    fflush(stdout);
+    for (size_t done = 0; done < sdslen(document);) {
+        ssize_t n = write(document_fd,document+done,sdslen(document)-done);
+        if (n == -1 && errno == EINTR) continue;
+        if (n <= 0) {
+            fprintf(stderr,"[ERR] Standard output cannot be written: %s\n",strerror(errno));
+            return 0;
+        }
+        done += n;
+    }
+    return success;
+}
+
 /* Upstream ignores an option that is another command's. A dry run that is none, or a
  * hold that does not hold, is worth an error. */
 static int slotMigrationsOptionsFit(const char *command) {
     int migrate = !strcmp(command,"migrate-slots"), list = !strcmp(command,"slot-migrations"), rebalance = !strcmp(command,"rebalance");
     int moves = migrate || rebalance || !strcmp(command,"reshard");
     int add = !strcmp(command,"add-node"), node = add || !strcmp(command,"del-node");
+    int json = config.output == OUTPUT_JSON || config.output == OUTPUT_QUOTED_JSON;
     const char *wrong = NULL;
     if (node && slot_migrations.move_slots) {
         if (slot_migrations.dry_run || slot_migrations.hold || slot_migrations.no_wait)
@@ -117,12 +152,28 @@ static int slotMigrationsOptionsFit(const char *command) {
     else if (slot_migrations.by && !rebalance) wrong = "--cluster-by is for rebalance";
     else if (slot_migrations.ranges && !migrate) wrong = "--cluster-slots-ranges is for migrate-slots";
     else if (slot_migrations.watch && !list) wrong = "--cluster-watch is for slot-migrations";
-    else if (slot_migrations.prometheus && (!list || slot_migrations.watch || config.output == OUTPUT_JSON || config.output == OUTPUT_QUOTED_JSON))
+    else if (slot_migrations.prometheus && (!list || slot_migrations.watch || json))
         wrong = "--prometheus is for slot-migrations, without --cluster-watch and --json";
-    else if (slot_migrations.watch && (config.output == OUTPUT_JSON || config.output == OUTPUT_QUOTED_JSON))
-        wrong = "--cluster-watch has no --json";
+    else if (slot_migrations.watch && json) wrong = "--cluster-watch has no --json";
+    else if (json && slot_migrations.no_wait) wrong = "--cluster-no-wait has no --json: ask slot-migrations --json later";
     if (wrong) fprintf(stderr,"[ERR] %s\n",wrong);
+    else if (slot_migrations.prometheus || (json && (moves || list))) return beginDocument();
     return wrong == NULL;
+}
+
+/* To a node, when the cluster is loaded. Who lists and scrapes goes on without one that hangs. */
+static redisContext *slotMigrationsConnect(const char *ip, int port) {
+    struct timeval limit = { SLOT_MIGRATIONS_ANSWER_MS/1000, SLOT_MIGRATIONS_ANSWER_MS%1000*1000 };
+    char *command = config.cluster_manager_command.name;
+    if (command == NULL || strcmp(command,"slot-migrations")) return redisConnectWrapper(ip,port,config.connect_timeout);
+    redisContext *c = redisConnectWrapper(ip,port,limit);
+    if (c && !c->err) redisSetTimeout(c,limit);
+    return c;
+}
+
+/* A command of --cluster, ours or upstream's. */
+static int slotMigrationsRun(slotMigrationsCommand *proc, const char *command, int argc, char **argv) {
+    return slotMigrationsOptionsFit(command) && endDocument(proc(argc,argv));
 }
 
 static int slotMigrationsColor(void) {
@@ -203,6 +254,7 @@ typedef struct watchedNode {
 
 static watchedNode *watched;
 static int watched_count;
+static sds watched_refusal;     /* who may not be asked, and what it said; NULL: nobody */
 
 /* To be called once the cluster's nodes are loaded. */
 static void watchNodes(void) {
@@ -260,6 +312,8 @@ static redisReply *watchedAsk(watchedNode *w, const char *command, const char *i
     redisReply *reply = redisCommandArgv(w->context,id ? 4 : 2,argv,NULL);
     if (reply == NULL) watchedDisconnect(w);
     else if (reply->type == REDIS_REPLY_ERROR && strstr(reply->str,"unknown subcommand")) w->unpatched = 1;
+    else if (reply->type == REDIS_REPLY_ERROR && watched_refusal == NULL && (!strncmp(reply->str,"NOPERM",6) || !strncmp(reply->str,"NOAUTH",6)))
+        watched_refusal = sdscatprintf(sdsempty(),"%s:%d refuses CLUSTER %s: %s",w->node->ip,w->node->port,command,reply->str);
     return reply;
 }
 
@@ -442,6 +496,40 @@ static void dropEnded(list *jobs) {
         if (!job->ended) job->seen_running = 1;
         else if (!job->seen_running) listDelNode(jobs,ln);
     }
+}
+
+/* ---- as documents ---- */
+
+static sds catJson(sds s, redisReply *r, const cliJob *job) {
+    switch (r->type) {
+    case REDIS_REPLY_ARRAY:     /* all of ours are maps */
+        s = sdscat(s,"{");
+        for (size_t i = 0; i+1 < r->elements; i += 2) {
+            redisReply *value = r->element[i+1];
+            s = escapeJsonString(sdscat(s,i ? "," : ""),r->element[i]->str,r->element[i]->len);
+            s = sdscat(s,":");
+            /* What one end does not know the other may. */
+            if (job && value->type == REDIS_REPLY_INTEGER) s = sdscatfmt(s,"%I",jobNumber(job,r->element[i]->str));
+            else s = catJson(s,value,NULL);
+        }
+        return sdscat(s,"}");
+    case REDIS_REPLY_INTEGER: return sdscatfmt(s,"%I",r->integer);
+    default: return escapeJsonString(s,r->str,r->len);
+    }
+}
+
+/* One more map of the document's array, with the fields of one of ours. */
+static void addToDocument(redisReply *map, const cliJob *job) {
+    if (document == NULL || map == NULL || map->type != REDIS_REPLY_ARRAY) return;
+    document = sdscat(document,sdslen(document) ? "," : "[");
+    document = catJson(document,map,job);
+}
+
+static void addJobsToDocument(list *jobs) {
+    listIter li;
+    listNode *ln;
+    listRewind(jobs,&li);
+    while ((ln = listNext(&li)) != NULL) addToDocument(jobView(ln->value),ln->value);
 }
 
 /* ---- one line for each job ---- */
@@ -729,6 +817,11 @@ static void watchJobs(list *jobs) {
         }
         showJobs(jobs);
         if (jobsRunning(jobs) == 0) break;
+        if (watched_refusal) {
+            clusterManagerLogErr("*** %s\n*** The slot migrations go on, but this user may not watch them.\n",watched_refusal);
+            printWhereJobsAre(jobs);
+            exit(1);
+        }
         if (!slot_migrations_interrupted) pauseMs(wait);
         if (slot_migrations_interrupted) interrupted(jobs);
         if (wait < SLOT_MIGRATIONS_POLL_MS) wait *= 2;
@@ -773,10 +866,9 @@ static int summary(list *jobs) {
     return failed == 0;
 }
 
-/* Who looks at the cluster next is to find what we say. */
-static void waitForAgreement(void) {
-    long long until = mstime() + SLOT_MIGRATIONS_AGREE_MS;
-    struct timeval limit = { .tv_sec = SLOT_MIGRATIONS_AGREE_MS/1000/2 };       /* a node may hang */
+/* A node may hang: from now on each answers in so many ms, or not at all. */
+static void limitAnswers(int ms) {
+    struct timeval limit = { ms/1000, ms%1000*1000 };
     listIter li;
     listNode *ln;
     listRewind(cluster_manager.nodes,&li);
@@ -784,6 +876,12 @@ static void waitForAgreement(void) {
         clusterManagerNode *n = ln->value;
         if (n->context) redisSetTimeout(n->context,limit);
     }
+}
+
+/* Who looks at the cluster next is to find what we say. */
+static void waitForAgreement(void) {
+    long long until = mstime() + SLOT_MIGRATIONS_AGREE_MS;
+    limitAnswers(SLOT_MIGRATIONS_AGREE_MS/2);
     while (!clusterManagerIsConfigConsistent()) {
         if (mstime() > until) {
             clusterManagerLogWarn("*** Not all nodes have heard of it yet: see redis-cli --cluster check\n");
@@ -935,6 +1033,7 @@ static int startAndWatchMoves(list *moves, int may_be_classic) {
     } else if (listLength(jobs)) {
         watchJobs(jobs);
         if (!summary(jobs)) ok = 0;
+        addJobsToDocument(jobs);
         waitForAgreement();
     }
     listRelease(jobs);
@@ -991,6 +1090,7 @@ static int dryRun(list *moves) {
         } else if (reply->type != REDIS_REPLY_ERROR) {
             printf("\n");
             printReply(reply,4);
+            for (size_t i = 0; i < reply->elements; i++) addToDocument(reply->element[i],NULL);
         } else if (strstr(reply->str,"'DRYRUN'")) {
             printf(" (the source's version cannot tell more beforehand)\n");
         } else if (refusedByVersion(reply->str) && !slotMigrationsOnly() && strcmp(config.cluster_manager_command.name,"migrate-slots")) {
@@ -1371,6 +1471,7 @@ static int slotMigrationsFillNode(clusterManagerNode *ref, clusterManagerNode *a
     long long until = mstime() + SLOT_MIGRATIONS_JOIN_MS;
     int known = 0, n = 0;
     if (!slot_migrations.move_slots) return 1;
+    limitAnswers(SLOT_MIGRATIONS_JOIN_MS/2);
     while (!known) {
         known = nodeIsReady(added);
         listRewind(cluster_manager.nodes,&li);
@@ -1523,24 +1624,6 @@ static void sortJobs(list *jobs) {
     zfree(sorted);
 }
 
-static sds catJson(sds s, redisReply *r, const cliJob *job) {
-    switch (r->type) {
-    case REDIS_REPLY_ARRAY:     /* all of ours are maps */
-        s = sdscat(s,"{");
-        for (size_t i = 0; i+1 < r->elements; i += 2) {
-            redisReply *value = r->element[i+1];
-            s = escapeJsonString(sdscat(s,i ? "," : ""),r->element[i]->str,r->element[i]->len);
-            s = sdscat(s,":");
-            /* What one end does not know the other may. */
-            if (job && value->type == REDIS_REPLY_INTEGER) s = sdscatfmt(s,"%I",jobNumber(job,r->element[i]->str));
-            else s = catJson(s,value,NULL);
-        }
-        return sdscat(s,"}");
-    case REDIS_REPLY_INTEGER: return sdscatfmt(s,"%I",r->integer);
-    default: return escapeJsonString(s,r->str,r->len);
-    }
-}
-
 /* A value of a label. */
 static sds catLabel(sds s, const char *name, const char *value) {
     s = sdscatprintf(s,"%s=\"",name);
@@ -1613,12 +1696,12 @@ static void printPrometheus(list *jobs) {
         }
         s = sdscatprintf(s,"redis_slot_migrations_remembered{state=\"%s\"} %d\n",ends[i],n);
     }
-    printf("%s",s);
+    document = sdscatsds(document,s);
     sdsfree(s);
 }
 
 static int clusterManagerCommandSlotMigrations(int argc, char **argv) {
-    int port = 0, json = config.output == OUTPUT_JSON || config.output == OUTPUT_QUOTED_JSON;
+    int port = 0;
     char *ip = NULL;
     listIter li;
     listNode *ln;
@@ -1643,16 +1726,13 @@ static int clusterManagerCommandSlotMigrations(int argc, char **argv) {
         }
     } else if (slot_migrations.prometheus) {
         printPrometheus(jobs);
-    } else if (json) {
-        sds s = sdsnew("[");
-        listRewind(jobs,&li);
-        while ((ln = listNext(&li)) != NULL) s = catJson(sdscat(s,sdslen(s) > 1 ? "," : ""),jobView(ln->value),ln->value);
-        printf("%s]\n",s);
-        sdsfree(s);
+    } else if (document) {
+        addJobsToDocument(jobs);
     } else {
         listRewind(jobs,&li);
         while ((ln = listNext(&li)) != NULL) printJob(ln->value);
     }
     listRelease(jobs);
-    return 1;
+    if (watched_refusal) clusterManagerLogErr("*** %s\n",watched_refusal);
+    return watched_refusal == NULL;
 }

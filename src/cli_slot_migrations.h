@@ -10,8 +10,10 @@ struct clusterManagerNode;
 
 /* The command line. */
 static int slotMigrationsOption(int argc, char **argv, int *i);
-static int slotMigrationsOptionsFit(const char *command);
+typedef int slotMigrationsCommand(int argc, char **argv);
+static int slotMigrationsRun(slotMigrationsCommand *proc, const char *command, int argc, char **argv);
 static int slotMigrationsColor(void);
+static redisContext *slotMigrationsConnect(const char *ip, int port);
 
 /* --rdb-slots (cli_slot_backup.c). The mode ends the program; without the option it returns. */
 static int slotBackupOption(int argc, char **argv, int *i);

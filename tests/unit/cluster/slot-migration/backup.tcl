@@ -7,9 +7,13 @@ source tests/support/slot_migration.tcl
 
 # ---- redis-cli --rdb-slots and redis-check-rdb --extract-slots ----
 
+proc cli_line {n slots file} {
+    list src/redis-cli -p [node_port $n] {*}[expr {$::tls ? [list --tls --cert tests/tls/client.crt --key tests/tls/client.key \
+        --cacert tests/tls/ca.crt] : {}}] --rdb-slots $slots $file
+}
+
 proc cli_backup {n slots file args} {
-    run src/redis-cli -p [node_port $n] {*}[expr {$::tls ? [list --tls --cert tests/tls/client.crt --key tests/tls/client.key \
-        --cacert tests/tls/ca.crt] : {}}] {*}$args --rdb-slots $slots $file
+    run {*}[linsert [cli_line $n $slots $file] end-3 {*}$args]
 }
 
 proc backup {n slots file} {
@@ -92,8 +96,7 @@ start_cluster 2 2 {tags {external:skip cluster} overrides {save {} appendonly no
     }
 
     test "A backup to the standard output is the same file" {
-        exec src/redis-cli -p [node_port 0] {*}[expr {$::tls ? [list --tls --cert tests/tls/client.crt --key tests/tls/client.key \
-            --cacert tests/tls/ca.crt] : {}}] --rdb-slots 0-99,500 - >$file.out 2>/dev/null
+        exec {*}[cli_line 0 0-99,500 -] >$file.out 2>/dev/null
         assert_equal [lmap {slot about} [slots_in_file $file] {lrange $about 0 1}] [lmap {slot about} [slots_in_file $file.out] {lrange $about 0 1}]
     }
 
@@ -143,6 +146,25 @@ start_cluster 2 2 {tags {external:skip cluster} overrides {save {} appendonly no
         assert_error "*not allowed inside*" {R 0 cluster backup-slots slotsrange 5 6}
         R 0 discard
         assert_error "*not allowed from script*" {R 0 eval {return redis.call('cluster','backup-slots','slotsrange','5','6')} 0}
+    }
+
+    test "Each slot may be named alone" {
+        backup 0 [join [slots_of {0 8191}] ,] $file.each
+        assert_equal $::here [lmap slot [lsort -integer [dict keys [slots_in_file $file.each]]] {if {$slot ni $::here} continue; set slot}]
+    }
+
+    test "Interrupted, it leaves nothing behind" {
+        R 0 config set rdbcompression no
+        R 0 set [key_in 0 large] [string repeat x 5000000]      ;# comes at once, the others do not
+        R 0 config set rdb-key-save-delay 10000
+        set pid [exec {*}[cli_line 0 0-99,500 $file.int] >& /dev/null &]
+        wait_for_condition 1000 10 {[glob -nocomplain $file.int.*.tmp] ne ""} else {fail "no temporary file"}
+        exec kill -TERM $pid      ;# SIGINT may be ignored, from where the tests were started
+        wait_for_condition 1000 10 {[glob -nocomplain $file.int*] eq ""} else {fail "[glob $file.int*] is left"}
+        R 0 config set rdb-key-save-delay 0
+        R 0 config set rdbcompression yes
+        R 0 del [key_in 0 large]
+        wait_for_condition 1000 10 {[node_children 0] eq ""} else {fail "a child is left: [node_children 0]"}
     }
 
     test "A user needs the permission for administration" {

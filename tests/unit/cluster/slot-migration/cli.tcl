@@ -71,6 +71,13 @@ proc end_clis {} {
 
 set ::clis {}
 
+proc file_text {file} {
+    set f [open $file]
+    set text [read $f]
+    close $f
+    return $text
+}
+
 proc job_ids {n} {
     lmap job [R $n cluster slot-migrations] {dict get $job id}
 }
@@ -373,6 +380,39 @@ start_cluster 3 0 {tags {external:skip cluster tls:skip} overrides {cluster-allo
         assert_match "*  done  *" $::output
         wait_migrated 0 2 $id
         assert_equal {2 0 2} [list [slot_owner 1 7] [slot_owner 1 8] [slot_owner 1 9]]
+    }
+
+    test "--json: standard output has the jobs and nothing else" {
+        begin
+        set document [tmpfile cli.json]
+        set line [list src/redis-cli --json --cluster]
+        exec {*}$line migrate-slots [addr 1] --cluster-to $id2 --cluster-slots-ranges 3,9 --cluster-dry-run >$document 2>/dev/null
+        assert_match "\\\[{*\"keys\":*}\\\]\n" [file_text $document]
+        exec {*}$line migrate-slots [addr 1] --cluster-to $id2 --cluster-slots-ranges 3,9 >$document 2>/dev/null
+        set id [new_jobs 0 $::before0]
+        assert_match "\\\[{\"id\":\"$id\",\"slots\":\"3 9\",*\"state\":\"done\",*}\\\]\n" [file_text $document]
+        exec {*}$line migrate-slots [addr 1] --cluster-to $id2 --cluster-slots-ranges 3,9 >$document 2>/dev/null
+        assert_equal "\[\]\n" [file_text $document]
+        catch {exec {*}$line migrate-slots [addr 1] --cluster-to $id2 --cluster-slots-ranges 9-3 >$document 2>/dev/null}
+        assert_equal "" [file_text $document]
+        cli_fails "*--cluster-no-wait has no --json*" migrate-slots [addr 1] --cluster-to $id0 --cluster-slots-ranges 3 --cluster-no-wait --json
+        # Upstream warns of a node that it cannot reach.
+        pause_process [srv -2 pid]
+        catch {exec {*}$line slot-migrations [addr 1] >$document 2>$document.warnings}
+        resume_process [srv -2 pid]
+        assert_match "\\\[{*\"id\":\"$id\"*}\\\]\n" [file_text $document]
+    }
+
+    test "Who may not watch is told so, and the jobs go on" {
+        begin
+        R 0 acl setuser blind on >secret ~* &* +@all -cluster|slot-migrations
+        set auth {--user blind --pass secret --no-auth-warning}
+        foreach n {1 2} {R $n acl setuser blind on >secret ~* &* +@all -cluster|slot-migrations}
+        cli_fails "*refuses CLUSTER SLOT-MIGRATIONS: NOPERM*" slot-migrations [addr 1] {*}$auth
+        cli_fails "*refuses CLUSTER SLOT-MIGRATIONS: NOPERM*go on*" migrate-slots [addr 1] --cluster-to $id2 --cluster-slots-ranges 3 {*}$auth
+        set id [wait_new_jobs 0 $::before0]
+        wait_migrated 0 2 $id
+        foreach n {0 1 2} {R $n acl deluser blind}
     }
 
     test "migrate-slots refuses what it cannot do" {
