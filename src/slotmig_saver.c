@@ -16,11 +16,13 @@
  *
  * How long. A batch is as many slots as take about FREEZE_US, by what the last
  * ones took for a key. Whoever wants a key of a frozen slot waits for no longer than
- * that and the time of one slot more. A slot that takes more than FREEZE_MAX_US is put
- * back as TOO_LARGE: a fork takes all such slots at the end. (If these are few, and a
- * fork would stall the node for longer than FREEZE_LONGER_US, they have that time before:
- * see slotmigSaverTakesLonger(). With cluster-slot-migration-snapshot `thread` a slot is
- * frozen for as long as it takes.) The clock is looked at inside of a value, too, so one
+ * that and the time of one slot more. A slot that takes too long is put back as TOO_LARGE:
+ * a fork takes all such slots at the end. What is too long depends on what the fork would
+ * cost, for it stalls the whole node for a time that grows with its memory, a freeze one slot
+ * only: FREEZE_MAX_US, but on a large node FREEZE_SHARE of the fork's time, up to
+ * FREEZE_LONGER_US. If slots put back are few, they have longer once more before they are
+ * forked for (slotmigSaverTakesLonger()). With cluster-slot-migration-snapshot `thread` a slot is
+ * frozen for as long as it takes. The clock is looked at inside of a value, too, so one
  * huge key does not matter.
  *
  * Who waits.
@@ -63,8 +65,10 @@
 ssize_t rdbSaveLongLongAsStringObject(rio *rdb, long long value);
 
 #define FREEZE_US 500               /* of a batch */
-#define FREEZE_MAX_US 2000          /* of one slot; */
-#define FREEZE_LONGER_US 10000      /* if that saves a fork */
+#define FREEZE_MAX_US 2000          /* of one slot, on a small node; */
+#define FREEZE_LONGER_US 50000      /* on a large one, */
+#define FREEZE_SHARE 10             /* this part of what a fork takes */
+#define FREEZE_FEW_US 10000         /* or twice the above: of one of a few, where a fork takes longer */
 #define FORK_US_PER_MB 50           /* for how long it stalls a node, about: page tables are copied */
 #define MAIN_MAX_US 1000            /* of one slot, on the main thread */
 #define BATCH_MAX 256               /* slots */
@@ -94,6 +98,7 @@ struct slotMigSaver {
     /* Set before the thread starts. */
     connection *conn;
     unsigned long long max_us;      /* of one slot, 0: no limit; main thread, the thread's while `given` */
+    int longer;                     /* max_us was doubled; main thread */
     int lfu;                        /* which of the two ages goes with a key */
     int damages;                    /* fail point source_damages_section */
     pthread_t thread;
@@ -139,6 +144,16 @@ static struct {
     unsigned long long wait_max_us;
     size_t max_bytes;               /* of a batch, before it was sent */
 } stats;
+
+/* us for which a fork stalls this node, about. */
+static unsigned long long forkTime(void) {
+    return zmalloc_used_memory()/(1024*1024)*FORK_US_PER_MB;
+}
+
+static unsigned long long freezeLimit(void) {
+    unsigned long long us = forkTime()/FREEZE_SHARE;
+    return us < FREEZE_MAX_US ? FREEZE_MAX_US : us > FREEZE_LONGER_US ? FREEZE_LONGER_US : us;
+}
 
 /* Of this thread, in us: that it had to wait for a processor does not make a slot large. */
 static unsigned long long processorTime(void) {
@@ -521,7 +536,7 @@ slotMigSaver *slotmigSaverStart(connection *conn, const slotSet *slots, int limi
     slotMigSaver *s = zcalloc(sizeof(*s));
     int error;
     s->conn = conn;
-    s->max_us = limited ? FREEZE_MAX_US : 0;
+    s->max_us = limited ? freezeLimit() : 0;
     s->lfu = server.maxmemory_policy & MAXMEMORY_FLAG_LFU;
     s->damages = slotmigFailPoint(FP_source_damages_section) == FAILPOINT_FAIL;
     s->batch = zmalloc(sizeof(*s->batch)*BATCH_MAX);
@@ -614,10 +629,12 @@ void slotmigSaverEnd(slotMigSaver *s, int more_follows) {
 }
 
 /* From now on a slot has longer. In state 1 only. 0: no, a fork is not worse than that, or it
- * has long already. */
+ * has longer already. */
 int slotmigSaverTakesLonger(slotMigSaver *s) {
-    if (s->max_us != FREEZE_MAX_US || zmalloc_used_memory()/(1024*1024)*FORK_US_PER_MB < FREEZE_LONGER_US) return 0;
-    s->max_us = FREEZE_LONGER_US;
+    unsigned long long us = s->max_us*2 < FREEZE_FEW_US ? FREEZE_FEW_US : s->max_us*2;
+    if (s->max_us == 0 || s->longer || forkTime() < us) return 0;
+    s->max_us = us;
+    s->longer = 1;
     return 1;
 }
 
