@@ -266,6 +266,7 @@ static int parseRecords(sectionRio *r, const slotRdbSection *want, const slotRdb
         }
         case RDB_OPCODE_IDLE:
             if ((lru = rdbLoadLen(rdb,NULL)) == (long long)RDB_LENERR) return C_ERR;
+            if (lru < 0 || lru > UINT32_MAX) lru = UINT32_MAX;      /* upstream's sum would overflow */
             break;
         default:
             if (!rdbIsObjectType(type)) {

@@ -651,6 +651,7 @@ static int loadSnapshot(slotMigLoader *l) {
         case RDB_OPCODE_EXPIRETIME_MS:
             expire = rdbLoadMillisecondTime(rdb,version);
             if (rioGetReadError(rdb)) return C_ERR;
+            if (expire < 1) expire = 1;             /* gone for ever as well, and RESTORE can say it */
             break;
         case RDB_OPCODE_FREQ: {
             uint8_t byte;
@@ -660,6 +661,7 @@ static int loadSnapshot(slotMigLoader *l) {
         }
         case RDB_OPCODE_IDLE:
             if ((lru = rdbLoadLen(rdb,NULL)) == (long long)RDB_LENERR) return C_ERR;
+            if (lru < 0 || lru > UINT32_MAX) lru = UINT32_MAX;      /* seconds; the same for RESTORE */
             break;
         case RDB_OPCODE_EOF: {
             uint64_t sum;
