@@ -80,6 +80,12 @@ vanilla: assemble ## build upstream without our patches in build/vanilla, for th
 	    { rm -rf '$(BUILD)/vanilla' && cp -a '$(BUILD)/upstream' '$(BUILD)/vanilla' && \
 	      $(MAKE) --no-print-directory -C '$(BUILD)/vanilla/src' PYTHON= MALLOC=libc SANITIZER= OPTIMIZATION=-O1 redis-server >/dev/null; }
 
+.PHONY: unpatched
+unpatched: assemble ## build upstream without our patches and with our flags in build/unpatched, to measure against
+	@[ -e '$(BUILD)/unpatched/src/redis-server' ] && [ '$(BUILD)/unpatched/src/redis-server' -nt '$(BUILD)/state/upstream.id' ] || \
+	    { rm -rf '$(BUILD)/unpatched' && cp -a '$(BUILD)/upstream' '$(BUILD)/unpatched' && \
+	      $(MAKE) --no-print-directory -C '$(BUILD)/unpatched/src' PYTHON= redis-server >/dev/null; }
+
 # Upstream's BUILD_TLS=module compiles the whole server again; its rule needs no
 # more than these two words to make the module for the server that is there.
 .PHONY: tls
