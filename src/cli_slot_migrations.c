@@ -98,11 +98,12 @@ static int document_fd;     /* where it goes in the end */
 
 static int beginDocument(void) {
     fflush(stdout);
-    document_fd = dup(STDOUT_FILENO);
+    document_fd = fcntl(STDOUT_FILENO,F_DUPFD_CLOEXEC,STDERR_FILENO+1);
     if (document_fd == -1 || dup2(STDERR_FILENO,STDOUT_FILENO) == -1) {
         fprintf(stderr,"[ERR] Standard output cannot be used: %s\n",strerror(errno));
         return 0;
     }
+    if (!isatty(STDERR_FILENO)) config.cluster_manager_command.flags &= ~CLUSTER_MANAGER_CMD_FLAG_COLOR;
     document = sdsempty();
     return 1;
 }
@@ -155,6 +156,11 @@ static int slotMigrationsOptionsFit(const char *command) {
     else if (slot_migrations.prometheus && (!list || slot_migrations.watch || json))
         wrong = "--prometheus is for slot-migrations, without --cluster-watch and --json";
     else if (slot_migrations.watch && json) wrong = "--cluster-watch has no --json";
+    else if (json && (slot_migrations.classic || config.cluster_manager_command.flags & CLUSTER_MANAGER_CMD_FLAG_SIMULATE))
+        wrong = "--cluster-classic and --cluster-simulate have no --json";
+    else if (json && !strcmp(command,"reshard") && (!config.cluster_manager_command.from || !config.cluster_manager_command.to ||
+             !config.cluster_manager_command.slots || !(slot_migrations.dry_run || config.cluster_manager_command.flags & CLUSTER_MANAGER_CMD_FLAG_YES)))
+        wrong = "with --json nothing is asked: give --cluster-from, --cluster-to, --cluster-slots and --cluster-yes";
     else if (json && slot_migrations.no_wait) wrong = "--cluster-no-wait has no --json: ask slot-migrations --json later";
     if (wrong) fprintf(stderr,"[ERR] %s\n",wrong);
     else if (slot_migrations.prometheus || (json && (moves || list))) return beginDocument();
@@ -166,6 +172,7 @@ static redisContext *slotMigrationsConnect(const char *ip, int port) {
     struct timeval limit = { SLOT_MIGRATIONS_ANSWER_MS/1000, SLOT_MIGRATIONS_ANSWER_MS%1000*1000 };
     char *command = config.cluster_manager_command.name;
     if (command == NULL || strcmp(command,"slot-migrations")) return redisConnectWrapper(ip,port,config.connect_timeout);
+    if (config.connect_timeout.tv_sec || config.connect_timeout.tv_usec) limit = config.connect_timeout;
     redisContext *c = redisConnectWrapper(ip,port,limit);
     if (c && !c->err) redisSetTimeout(c,limit);
     return c;
@@ -312,7 +319,8 @@ static redisReply *watchedAsk(watchedNode *w, const char *command, const char *i
     redisReply *reply = redisCommandArgv(w->context,id ? 4 : 2,argv,NULL);
     if (reply == NULL) watchedDisconnect(w);
     else if (reply->type == REDIS_REPLY_ERROR && strstr(reply->str,"unknown subcommand")) w->unpatched = 1;
-    else if (reply->type == REDIS_REPLY_ERROR && watched_refusal == NULL && (!strncmp(reply->str,"NOPERM",6) || !strncmp(reply->str,"NOAUTH",6)))
+    else if (reply->type == REDIS_REPLY_ERROR && watched_refusal == NULL && !strcmp(command,"SLOT-MIGRATIONS") &&
+             (!strncmp(reply->str,"NOPERM",6) || !strncmp(reply->str,"NOAUTH",6)))
         watched_refusal = sdscatprintf(sdsempty(),"%s:%d refuses CLUSTER %s: %s",w->node->ip,w->node->port,command,reply->str);
     return reply;
 }
@@ -518,18 +526,21 @@ static sds catJson(sds s, redisReply *r, const cliJob *job) {
     }
 }
 
-/* One more map of the document's array, with the fields of one of ours. */
-static void addToDocument(redisReply *map, const cliJob *job) {
-    if (document == NULL || map == NULL || map->type != REDIS_REPLY_ARRAY) return;
-    document = sdscat(document,sdslen(document) ? "," : "[");
-    document = catJson(document,map,job);
+/* One more object of the document's array. The text becomes ours. */
+static void addTextToDocument(sds object) {
+    if (document) document = sdscatsds(sdscat(document,sdslen(document) ? "," : "["),object);
+    sdsfree(object);
 }
 
+/* As it was seen last, by its id if it never was. */
 static void addJobsToDocument(list *jobs) {
     listIter li;
     listNode *ln;
     listRewind(jobs,&li);
-    while ((ln = listNext(&li)) != NULL) addToDocument(jobView(ln->value),ln->value);
+    while ((ln = listNext(&li)) != NULL) {
+        cliJob *job = ln->value;
+        addTextToDocument(jobView(job) ? catJson(sdsempty(),jobView(job),job) : sdscatprintf(sdsempty(),"{\"id\":\"%s\"}",job->id));
+    }
 }
 
 /* ---- one line for each job ---- */
@@ -791,10 +802,25 @@ static void interrupted(list *jobs) {
     printf("\nLeft running: %d slot migration%s.\n",n,n == 1 ? "" : "s");
     printWhereJobsAre(jobs);
     fflush(stdout);
+    addJobsToDocument(jobs);
+    endDocument(0);
     exit(SLOT_MIGRATIONS_INTERRUPTED);
 }
 
 /* ---- watching ---- */
+
+/* Those that run, and of which neither end tells. */
+static int jobsUnanswered(list *jobs) {
+    listIter li;
+    listNode *ln;
+    int n = 0;
+    listRewind(jobs,&li);
+    while ((ln = listNext(&li)) != NULL) {
+        cliJob *job = ln->value;
+        n += !job->ended && !job->answers[SOURCE] && !job->answers[TARGET];
+    }
+    return n;
+}
 
 /* A moment; less when interrupted. */
 static void pauseMs(int ms) {
@@ -817,9 +843,11 @@ static void watchJobs(list *jobs) {
         }
         showJobs(jobs);
         if (jobsRunning(jobs) == 0) break;
-        if (watched_refusal) {
+        if (watched_refusal && jobsUnanswered(jobs)) {
             clusterManagerLogErr("*** %s\n*** The slot migrations go on, but this user may not watch them.\n",watched_refusal);
             printWhereJobsAre(jobs);
+            addJobsToDocument(jobs);
+            endDocument(0);
             exit(1);
         }
         if (!slot_migrations_interrupted) pauseMs(wait);
@@ -866,7 +894,7 @@ static int summary(list *jobs) {
     return failed == 0;
 }
 
-/* A node may hang: from now on each answers in so many ms, or not at all. */
+/* A node may hang: from now on each answers in so many ms, or not at all. 0: it has for ever. */
 static void limitAnswers(int ms) {
     struct timeval limit = { ms/1000, ms%1000*1000 };
     listIter li;
@@ -885,10 +913,11 @@ static void waitForAgreement(void) {
     while (!clusterManagerIsConfigConsistent()) {
         if (mstime() > until) {
             clusterManagerLogWarn("*** Not all nodes have heard of it yet: see redis-cli --cluster check\n");
-            return;
+            break;
         }
         pauseMs(SLOT_MIGRATIONS_POLL_MS/2);
     }
+    limitAnswers(0);
 }
 
 /* ---- moves ---- */
@@ -951,6 +980,14 @@ static sds moveText(const slotMove *move) {
     return s;
 }
 
+/* For the document: one that goes key by key, and is no job of the servers'. */
+static void addClassicToDocument(const slotMove *move) {
+    sds ranges = slotMigrationsRanges(move->slots);
+    addTextToDocument(sdscatfmt(sdsempty(),"{\"slots\":\"%S\",\"source\":\"%s\",\"target\":\"%s\",\"classic\":true}",ranges,
+        move->source->name,move->target->name));
+    sdsfree(ranges);
+}
+
 /* The move as MIGRATE-SLOTS; the answer, NULL: none. */
 static redisReply *sendMove(const slotMove *move, int dry_run) {
     sds *argv = zmalloc(sizeof(sds)*(CLUSTER_MANAGER_SLOTS*2+16));
@@ -999,6 +1036,7 @@ static void startMove(slotMove *move, list *jobs, int may_be_classic) {
         printf("Slot migration %s: %s\n",job->id,text);
     } else if (reply && reply->type == REDIS_REPLY_ERROR && refusedByVersion(reply->str) && may_be_classic) {
         move->classic = 1;
+        addClassicToDocument(move);
         clusterManagerLogWarn("*** %s: key by key, since %s\n",text,strstr(reply->str,"unknown subcommand") ?
             "the source runs a server without slot migrations" : reply->str);
     } else {
@@ -1090,10 +1128,16 @@ static int dryRun(list *moves) {
         } else if (reply->type != REDIS_REPLY_ERROR) {
             printf("\n");
             printReply(reply,4);
-            for (size_t i = 0; i < reply->elements; i++) addToDocument(reply->element[i],NULL);
+            for (size_t i = 0; i < reply->elements; i++)
+                if (reply->element[i]->type == REDIS_REPLY_ARRAY) addTextToDocument(catJson(sdsempty(),reply->element[i],NULL));
         } else if (strstr(reply->str,"'DRYRUN'")) {
+            sds ranges = slotMigrationsRanges(move->slots);
+            addTextToDocument(sdscatfmt(sdsempty(),"{\"slots\":\"%S\",\"source\":\"%s\",\"target\":\"%s\"}",ranges,
+                move->source->name,move->target->name));
+            sdsfree(ranges);
             printf(" (the source's version cannot tell more beforehand)\n");
         } else if (refusedByVersion(reply->str) && !slotMigrationsOnly() && strcmp(config.cluster_manager_command.name,"migrate-slots")) {
+            addClassicToDocument(move);
             printf(", key by key, since %s\n",strstr(reply->str,"unknown subcommand") ? "the source runs a server without slot migrations" : reply->str);
         } else {
             printf("\n");
@@ -1701,7 +1745,7 @@ static void printPrometheus(list *jobs) {
 }
 
 static int clusterManagerCommandSlotMigrations(int argc, char **argv) {
-    int port = 0;
+    int port = 0, silent;
     char *ip = NULL;
     listIter li;
     listNode *ln;
@@ -1710,6 +1754,7 @@ static int clusterManagerCommandSlotMigrations(int argc, char **argv) {
         return 0;
     }
     if (!clusterManagerLoadInfoFromNode(clusterManagerNewNode(ip,port,0))) return 0;
+    silent = cluster_manager.unreachable_masters;
     watchNodes();
     list *jobs = createJobs();
     loadJobs(jobs);
@@ -1733,6 +1778,8 @@ static int clusterManagerCommandSlotMigrations(int argc, char **argv) {
         while ((ln = listNext(&li)) != NULL) printJob(ln->value);
     }
     listRelease(jobs);
+    for (int i = 0; i < watched_count; i++) silent += watched[i].context == NULL;
+    if (silent && !slot_migrations.watch) clusterManagerLogErr("*** The list may be incomplete: nodes that do not answer: %d\n",silent);
     if (watched_refusal) clusterManagerLogErr("*** %s\n",watched_refusal);
-    return watched_refusal == NULL;
+    return watched_refusal == NULL && (silent == 0 || slot_migrations.watch);
 }

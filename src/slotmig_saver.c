@@ -20,7 +20,7 @@
  * a fork takes all such slots at the end. What is too long depends on what the fork would
  * cost, for it stalls the whole node for a time that grows with its memory, a freeze one slot
  * only: FREEZE_MAX_US, but on a large node FREEZE_SHARE of the fork's time, up to
- * FREEZE_LONGER_US. If slots put back are few, they have longer once more before they are
+ * FREEZE_LONGER_US, unless the node evicts keys. If slots put back are few, they have longer once more before they are
  * forked for (slotmigSaverTakesLonger()). With cluster-slot-migration-snapshot `thread` a slot is
  * frozen for as long as it takes. The clock is looked at inside of a value, too, so one
  * huge key does not matter.
@@ -150,7 +150,13 @@ static unsigned long long forkTime(void) {
     return zmalloc_used_memory()/(1024*1024)*FORK_US_PER_MB;
 }
 
+/* Who has to evict keys waits for the thaw, in the middle of a command: then a freeze stalls the node, too. */
+static int evicts(void) {
+    return server.maxmemory && server.maxmemory_policy != MAXMEMORY_NO_EVICTION;
+}
+
 static unsigned long long freezeLimit(void) {
+    if (evicts()) return FREEZE_MAX_US;
     unsigned long long us = forkTime()/FREEZE_SHARE;
     return us < FREEZE_MAX_US ? FREEZE_MAX_US : us > FREEZE_LONGER_US ? FREEZE_LONGER_US : us;
 }
@@ -632,7 +638,7 @@ void slotmigSaverEnd(slotMigSaver *s, int more_follows) {
  * has longer already. */
 int slotmigSaverTakesLonger(slotMigSaver *s) {
     unsigned long long us = s->max_us*2 < FREEZE_FEW_US ? FREEZE_FEW_US : s->max_us*2;
-    if (s->max_us == 0 || s->longer || forkTime() < us) return 0;
+    if (s->max_us == 0 || s->longer || forkTime() < us || evicts()) return 0;
     s->max_us = us;
     s->longer = 1;
     return 1;

@@ -154,15 +154,13 @@ start_cluster 2 2 {tags {external:skip cluster} overrides {save {} appendonly no
     }
 
     test "Interrupted, it leaves nothing behind" {
-        R 0 config set rdbcompression no
         R 0 set [key_in 0 large] [string repeat x 5000000]      ;# comes at once, the others do not
-        R 0 config set rdb-key-save-delay 10000
-        set pid [exec {*}[cli_line 0 0-99,500 $file.int] >& /dev/null &]
-        wait_for_condition 1000 10 {[glob -nocomplain $file.int.*.tmp] ne ""} else {fail "no temporary file"}
-        exec kill -TERM $pid      ;# SIGINT may be ignored, from where the tests were started
-        wait_for_condition 1000 10 {[glob -nocomplain $file.int*] eq ""} else {fail "[glob $file.int*] is left"}
-        R 0 config set rdb-key-save-delay 0
-        R 0 config set rdbcompression yes
+        with_config {0 {rdbcompression no rdb-key-save-delay 10000}} {
+            set pid [exec {*}[cli_line 0 0-99,500 $file.int] >& /dev/null &]
+            wait_for_condition 1000 10 {[glob -nocomplain $file.int.*.tmp] ne ""} else {fail "no temporary file"}
+            exec kill -TERM $pid      ;# SIGINT may be ignored, from where the tests were started
+            wait_for_condition 1000 10 {[glob -nocomplain $file.int*] eq ""} else {fail "[glob $file.int*] is left"}
+        }
         R 0 del [key_in 0 large]
         wait_for_condition 1000 10 {[node_children 0] eq ""} else {fail "a child is left: [node_children 0]"}
     }

@@ -385,6 +385,7 @@ start_cluster 3 0 {tags {external:skip cluster tls:skip} overrides {cluster-allo
     test "--json: standard output has the jobs and nothing else" {
         begin
         set document [tmpfile cli.json]
+        set node_timeout [lindex [R 0 config get cluster-node-timeout] 1]
         set line [list src/redis-cli --json --cluster]
         exec {*}$line migrate-slots [addr 1] --cluster-to $id2 --cluster-slots-ranges 3,9 --cluster-dry-run >$document 2>/dev/null
         assert_match "\\\[{*\"keys\":*}\\\]\n" [file_text $document]
@@ -396,11 +397,16 @@ start_cluster 3 0 {tags {external:skip cluster tls:skip} overrides {cluster-allo
         catch {exec {*}$line migrate-slots [addr 1] --cluster-to $id2 --cluster-slots-ranges 9-3 >$document 2>/dev/null}
         assert_equal "" [file_text $document]
         cli_fails "*--cluster-no-wait has no --json*" migrate-slots [addr 1] --cluster-to $id0 --cluster-slots-ranges 3 --cluster-no-wait --json
-        # Upstream warns of a node that it cannot reach.
+        cli_fails "*--cluster-classic and --cluster-simulate have no --json*" reshard [addr 1] --cluster-classic --json
+        cli_fails "*with --json nothing is asked*" reshard [addr 1] --cluster-from $id0 --json
+        # A node that hangs is named, and not waited for.
+        foreach n {0 1 2} {R $n config set cluster-node-timeout 60000}
         pause_process [srv -2 pid]
-        catch {exec {*}$line slot-migrations [addr 1] >$document 2>$document.warnings}
+        assert_equal 1 [catch {exec {*}$line slot-migrations [addr 1] >$document 2>$document.warnings}]
         resume_process [srv -2 pid]
+        foreach n {0 1 2} {R $n config set cluster-node-timeout $node_timeout}
         assert_match "\\\[{*\"id\":\"$id\"*}\\\]\n" [file_text $document]
+        assert_match "*nodes that do not answer: 1*" [file_text $document.warnings]
     }
 
     test "Who may not watch is told so, and the jobs go on" {
