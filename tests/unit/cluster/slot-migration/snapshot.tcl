@@ -122,7 +122,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         foreach n {1 2} {R 0 setrange [key_in 100 ballast$n] [expr {450*1024*1024}] x}
         wait_for_cluster_state ok
         R 0 config resetstat
-        failpoint 0 source_slot_takes_long fail 3500
+        failpoint 0 source_slot_takes_long fail 2500
         set total [forks 0]
         set id [migrate 0 2 6 25]
         wait_migrated 0 2 $id
