@@ -242,6 +242,8 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         R $new cluster replicate [node_id $to]
         wait_for_condition 3000 10 {[status [Rn $new] master_link_status] eq "up"} else {fail "node $new: [R $new info replication]"}
         wait_job_state $new $id following
+        # Who has not said yet how far it is does not count as a replica.
+        wait_for_condition 1000 10 {[regexp -all {state=online} [R $to info replication]] == 3} else {fail [R $to info replication]}
         R $to cluster alter-slot-migration id $id waitreplicas 3
         R $from cluster alter-slot-migration id $id release
         wait_job_state $from $id done
