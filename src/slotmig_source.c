@@ -1715,13 +1715,15 @@ int slotmigDropsGivenSlot(int slot) {
     return 1;
 }
 
-/* One line for all of them. */
+/* One line for all of them. A replica that was restarted with a file of the same age has the
+ * keys, too, and must not go on from there. */
 void slotmigGivenDropped(void) {
     if (given_dropped.count == 0) return;
     sds ranges = slotSetToString(&given_dropped);
     serverLog(LL_NOTICE,"Dropped %llu keys of slots that this node handed over before it was restarted: %s",given_dropped_keys,ranges);
     sdsfree(ranges);
     slotSetClear(&given_dropped);
+    slotmigDatasetChanged();
 }
 
 /* ---- COMMITTED ---- */

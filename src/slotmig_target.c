@@ -124,6 +124,7 @@ struct slotMigTarget {
     /* As a replica */
     int relayed;
     uint64_t master;                /* the client it comes from; another one: everything was copied anew; 0: its copy is being loaded */
+    int outdated;                   /* prepared when this node was the master, and everything was copied from its successor since */
     int pipe;                       /* to the loader, -1: none */
     list *pipe_out;                 /* sds */
     int ending;                     /* the master attached again: this snapshot is followed by another one */
@@ -1960,11 +1961,26 @@ static int shardOwns(slotMigJob *job) {
     return 1;
 }
 
+/* A target that was prepared, and replaced then, keeps what it has for the case that it replaces
+ * its successor. What it copies from that one is newer: with the slots in it, or without any claim
+ * to them. As for slotmigReplicaFollows(), a new client is a new copy. */
+static void watchSuccessor(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
+    client *c = server.master ? server.master : server.cached_master;
+    if (c == NULL || c->id == t->master) return;
+    if (t->master && server.master) t->outdated = 1;
+    if (t->master == 0 || server.master) t->master = c->id;
+}
+
 /* This replica is the master now, and may own the slots by its map. */
 void slotmigTargetPromoted(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     clusterNode *myself = server.cluster->myself;
-    if (!t->relayed) return;
+    if (!t->relayed) {
+        if (job->state == SLOTMIG_PREPARED && t->outdated && shardOwns(job)) slotmigEndJob(job,SLOTMIG_DONE,"this node replaced the one that took over, with a copy of its data");
+        t->master = t->outdated = 0;
+        return;
+    }
     if (job->state != SLOTMIG_PREPARED) slotmigDoNotServe(&job->slots);
     if (t->carrying) {
         failTarget(job,sdsnew("this replica was promoted before it had all of its master's data"));
@@ -2198,6 +2214,7 @@ void slotmigTargetStep(slotMigJob *job) {
         return;
     }
     if (job->state == SLOTMIG_PREPARED) {
+        if (!clusterNodeIsMaster(server.cluster->myself)) watchSuccessor(job);
         if (t->holding && mstime() - t->prepared_at > server.cluster_node_timeout) {
             t->holding = 0;         /* better sent back than kept waiting for ever */
             unblockPostponedClients();

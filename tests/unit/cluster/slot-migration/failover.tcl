@@ -320,6 +320,56 @@ start_cluster 3 3 {tags {external:skip cluster}} {
     }
 }
 
+start_cluster 3 3 {tags {external:skip cluster}} {
+    test "A shard is restarted with files of before it gave slots away: the replica drops their keys, too" {
+        begin
+        R 0 set [key_in 100 stays] 1
+        R 0 config set repl-ping-replica-period 3600
+        wait_replicated 0 3
+        # The same place in the stream: the replica could go on from there.
+        foreach n {0 3} {R $n save}
+        move_slots 0 2 3 10
+        foreach n {3 0} {kill_node $n}
+        foreach n {0 3} {start_node_again $n}
+        wait_for_condition 3000 10 {[status [Rn 3] master_link_status] eq "up"} else {fail [R 3 info replication]}
+        assert_equal 1 [count_log_message 0 "Dropped \[0-9\]* keys of slots that this node handed over before it was restarted: 3-10"]
+        assert_equal {1 1} [list [R 0 dbsize] [R 3 dbsize]]
+        assert_equal [R 0 debug digest] [R 3 debug digest]
+    }
+}
+
+start_cluster 3 3 {tags {external:skip cluster}} {
+    test "A target that its replica replaced, and that copied everything from that one, is promoted: the hand-off is history" {
+        set before [begin]
+        failpoint 2 target_before_takeover pause
+        set id [migrate 0 2 3 10]
+        foreach n {0 2 5} state {committed prepared prepared} {wait_job_state $n $id $state}
+        assert_equal OK [R 5 cluster failover takeover]
+        wait_for_condition 3000 10 {[status [Rn 2] role] eq "slave" && [status [Rn 2] master_link_status] eq "up"} else {fail [R 2 info replication]}
+        foreach n {5 0} {wait_job_state $n $id done}
+        # Who could tell it how that ended is gone.
+        kill_node 0
+        wait_for_condition 3000 10 {[status [Rn 3] role] eq "master"} else {fail "replica 3 is not promoted"}
+        failpoint 2 target_before_takeover off
+        wait_for_condition 1000 10 {[count_log_message -2 "synchronizes anew"] > 0} else {fail [job 2 $id]}
+        wait_for_condition 1000 10 {[string match "prepared; the source neither knows*" [job_field 2 $id reason]]} else {fail [job 2 $id]}
+        start_node_again 0
+        wait_replicated 5 2
+        kill_node 5
+        wait_for_condition 3000 10 {[status [Rn 2] role] eq "master"} else {fail "replica 2 is not promoted"}
+        wait_job_state 2 $id done
+        # Nor does the one that copies from it take the job for one that is under way.
+        start_node_again 5
+        wait_for_condition 3000 10 {[status [Rn 5] master_link_status] eq "up"} else {fail [R 5 info replication]}
+        wait_replicated 2 5
+        kill_node 2
+        wait_for_condition 3000 10 {[status [Rn 5] role] eq "master"} else {fail "replica 5 is not promoted"}
+        assert_equal 0 [count_log_message -5 "it does not serve"]
+        wait_for_condition 1000 10 {[catch {slots_dump 5 $::slots} dump] == 0} else {fail $dump}
+        assert_same_dump $before $dump
+    }
+}
+
 # A client that writes to the slots at this node: nothing is acknowledged there for as long as the
 # source may still have the only good copy.
 proc assert_no_stray_writes {n id} {
