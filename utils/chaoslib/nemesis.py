@@ -412,6 +412,10 @@ class Nemesis:
 
     def take_over(self, event, *how):
         node = self.replica(event["shard"])
+        if how:     # it asks for nobody's leave: one that has copied nothing since its start would lose all, with any server
+            info = node.info("replication")
+            if info.get("master_link_status") != "up" and info.get("master_link_down_since_seconds") == "-1":
+                raise Skipped("%s has not copied anything yet" % node)
         self.say(event, str(node))
         self.log("CLUSTER FAILOVER %s at %s: %s" % (" ".join(how), node, node.call("CLUSTER", "FAILOVER", *how)))
 
