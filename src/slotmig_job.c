@@ -555,26 +555,6 @@ void slotmigLowerPriority(void) {
 #endif
 }
 
-/* Slots whose keys were kept when this node was replaced with a hand-off in doubt. Should it not
- * become a replica (cluster-allow-replica-migration no), they go when nothing is in doubt any more. */
-static slotSet kept;
-
-static void keptTurn(void) {
-    int dropped = 0;
-    if (kept.count == 0 || slotmigSourceInDoubt() || slotmigMustNotExecute()) return;
-    for (int j = slotSetNext(&kept,0); j != -1; j = slotSetNext(&kept,j+1)) {
-        if (!clusterNodeIsMaster(server.cluster->myself) || server.cluster->slots[j] == server.cluster->myself ||
-            server.cluster->slots[j] == NULL || slotmigJobOfSlot(j) || slotmigRecordCovers(j)) continue;
-        dropped += slotmigDropSlot(j) != 0;
-        slotmigSlotIsGiven(j);      /* after a restart, too */
-    }
-    slotSetClear(&kept);
-    if (dropped == 0) return;
-    serverLog(LL_NOTICE,"Slot migration: this node was replaced, and stays a master: the keys of %d slots that it lost are dropped",dropped);
-    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
-    slotmigDatasetChanged();
-}
-
 /* The end of a turn: take over connections, send what was framed in it. */
 void slotmigBeforeSleep(void) {
     static int started;
@@ -584,7 +564,6 @@ void slotmigBeforeSleep(void) {
     slotmigAskRecords();
     slotmigAofTurn();
     slotmigLackingTurn();
-    keptTurn();
     slotmigDroppedTurn();
     slotmigBackupTurn();
     if (!started) {
@@ -699,10 +678,7 @@ int slotmigRefuseSlotChange(client *c, int slot) {
 
 int slotmigKeepsLostSlot(int slot, clusterNode *claimant) {
     slotMigJob *job = slotmigJobOfSlot(slot);
-    if (slotmigSourceInDoubt() && slotmigSameLineage(claimant,server.cluster->myself->name)) {  /* this node is replaced, and will copy */
-        slotSetAdd(&kept,slot);
-        return 1;
-    }
+    if (slotmigSourceInDoubt() && slotmigSameLineage(claimant,server.cluster->myself->name)) return 1;  /* this node is replaced, and will copy */
     if (slotmigSlotIsDefended(slot,claimant)) return 1;
     if (job && job->role == SLOTMIG_SOURCE &&
         (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED || job->state == SLOTMIG_TRIMMING)) return 1;

@@ -370,27 +370,6 @@ start_cluster 3 3 {tags {external:skip cluster}} {
     }
 }
 
-start_cluster 3 3 {tags {external:skip cluster} overrides {cluster-allow-replica-migration no}} {
-    test "A source that slept in the fence and was replaced, and stays a master, keeps no keys" {
-        set before [begin]
-        failpoint 0 source_before_commit pause
-        set id [migrate 0 2 3 10]
-        wait_job_state 2 $id prepared
-        pause_process [node_pid 0]
-        wait_for_condition 3000 10 {[status [Rn 3] role] eq "master"} else {fail "replica 3 is not promoted"}
-        # It has more than node 0 had: that one does not become its replica by itself.
-        wait_for_condition 2000 10 {![catch {migrate 1 3 6000 6001} other]} else {fail $other}
-        wait_job_state 3 $other done
-        resume_process [node_pid 0]
-        failpoint 0 source_before_commit off
-        wait_for_condition 3000 10 {[status [Rn 0] role] eq "slave" || ([jobs_running 0] == 0 && [R 0 dbsize] == 0)} else {
-            fail "node 0 has [R 0 dbsize] keys: [R 0 cluster nodes]"
-        }
-        wait_for_condition 3000 10 {[owner_seen_by 3 3] == 2} else {fail [job 2 $id]}
-        assert_same_dump $before [slots_dump 2 $::slots]
-    }
-}
-
 # A client that writes to the slots at this node: nothing is acknowledged there for as long as the
 # source may still have the only good copy.
 proc assert_no_stray_writes {n id} {
