@@ -1336,6 +1336,10 @@ int slotmigSlotIsDefended(int slot, clusterNode *claimant) {
 int slotmigDefends(int slot, clusterNode *claimant, uint64_t epoch) {
     if (__builtin_expect(defences == NULL,1) || server.cluster->slots[slot] != server.cluster->myself) return 0;
     if (!slotmigSlotIsDefended(slot,claimant) || !slotmigFreshOfMajority(NULL)) return 0;
+    /* This node moves it back there: one that replaced it in the meantime may have come to the end of
+     * that. A higher epoch would take all other slots from that one, too. */
+    slotMigJob *job = slotmigJobOfSlot(slot);
+    if (job && job->role == SLOTMIG_SOURCE && slotmigSameLineage(claimant,job->peer)) return 0;
     if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
     if (!raise_epoch) serverLog(LL_NOTICE,"Node %.40s claims slot %d, which this node took over: claimed again with a higher epoch",
         claimant->name,slot);

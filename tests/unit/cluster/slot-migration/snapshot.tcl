@@ -121,7 +121,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
     test "On a large node each slot has longer, for a fork would take longer" {
         fresh
         some_keys 0 [slots_of {6 25}] 20
-        foreach n {1 2} {R 0 setrange [key_in 100 ballast$n] [expr {450*1024*1024}] x}
+        foreach n {1 2 3} {R 0 setrange [key_in 100 ballast$n] [expr {450*1024*1024}] x}
         wait_for_cluster_state ok
         R 0 config resetstat
         failpoint 0 source_slot_takes_long fail 2500
@@ -131,7 +131,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         failpoint 0 source_slot_takes_long off
         assert_equal {thread {} {}} [list [job_field 0 $id snapshot-by] [job_field 0 $id forked-slots] [job_field 0 $id forked-because]]
         assert_equal {0 0} [list [expr {[forks 0]-$total}] [freeze_field 0 put_back]]
-        foreach n {1 2} {R 0 unlink [key_in 100 ballast$n]}
+        foreach n {1 2 3} {R 0 unlink [key_in 100 ballast$n]}
     }
 
     test "Reads and writes of a frozen slot wait, of other slots they do not" {
