@@ -615,6 +615,14 @@ static void endCopying(void) {
     copying = 0;
 }
 
+/* ms that this replica stands back in an election, besides what its rank tells: while it has no copy
+ * of some of its master's slots, those of its mates that may have one come first. */
+long long slotmigElectionDelay(void) {
+    clusterNode *master = server.cluster->myself->slaveof;
+    if (lacking.count == 0 || master == NULL || master->numslaves < 2) return 0;
+    return server.cluster_node_timeout + 1000LL*master->numslaves;
+}
+
 /* This replica was promoted. */
 void slotmigLackingPromoted(void) {
     endCopying();

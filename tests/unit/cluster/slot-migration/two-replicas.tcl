@@ -31,6 +31,14 @@ proc owner_seen_by {n slot} {
     return -1
 }
 
+# ms, of each election in which node n wanted to stand.
+proc election_delays {n} {
+    set f [open [srv -$n stdout]]
+    set text [read $f]
+    close $f
+    lmap {- ms} [regexp -all -inline {Start of election delayed for (\d+)} $text] {set ms}
+}
+
 proc wait_shard_same {shard} {
     set master [master_of $shard]
     foreach n [replicas_of $shard] {
@@ -231,6 +239,27 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         wait_job_state $from $id done
         foreach n $both {start_node_again $n}
         assert_ended [expr {$to%3}] $before
+    }
+
+    test "A replica without a copy lets the one that has it be elected" {
+        lassign [begin] from to
+        set before [slots_dump $from $::slots]
+        lassign [replicas_of [expr {$to%3}]] without with
+        # It misses the take-over, and does not get to a new copy.
+        failpoint $without target_replica_takeover fail
+        R $to config set rdb-key-save-delay 100000
+        set id [migrate $from $to 3 10]
+        foreach n [list $from $to $with] {wait_job_state $n $id done}
+        wait_for_condition 1000 10 {[count_log_message -$without "synchronizes anew"] > 0} else {fail [job $without $id]}
+        set earlier [llength [election_delays $without]]
+        kill_node $to
+        wait_for_condition 3000 10 {[master_of [expr {$to%3}]] != -1} else {fail "nobody is promoted"}
+        assert_equal $with [master_of [expr {$to%3}]]
+        # Its rank alone makes it wait for two seconds at most.
+        foreach delay [lrange [election_delays $without] $earlier end] {assert_morethan $delay 2999}
+        assert_same_dump $before [slots_dump $with $::slots]
+        failpoint $without target_replica_takeover off
+        start_node_again $to
     }
 
     test "A replica comes to the target in mid-job, from another shard: it has the slots with the others" {
