@@ -20,8 +20,8 @@
  * a fork takes all such slots at the end. What is too long depends on what the fork would
  * cost, for it stalls the whole node for a time that grows with its memory, a freeze one slot
  * only: FREEZE_MAX_US, but on a large node FREEZE_SHARE of the fork's time, up to
- * FREEZE_LONGER_US, unless the node evicts keys. If slots put back are few, they have longer once more before they are
- * forked for (slotmigSaverTakesLonger()). With cluster-slot-migration-snapshot `thread` a slot is
+ * FREEZE_LONGER_US, unless the node evicts keys. If slots put back are few, they have longer once
+ * more before they are forked for (slotmigSaverTakesLonger()). With cluster-slot-migration-snapshot `thread` a slot is
  * frozen for as long as it takes. The clock is looked at inside of a value, too, so one
  * huge key does not matter.
  *

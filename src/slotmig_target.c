@@ -124,7 +124,6 @@ struct slotMigTarget {
     /* As a replica */
     int relayed;
     uint64_t master;                /* the client it comes from; another one: everything was copied anew; 0: its copy is being loaded */
-    int outdated;                   /* prepared when this node was the master, and everything was copied from its successor since */
     int pipe;                       /* to the loader, -1: none */
     list *pipe_out;                 /* sds */
     int ending;                     /* the master attached again: this snapshot is followed by another one */
@@ -1337,9 +1336,10 @@ int slotmigDefends(int slot, clusterNode *claimant, uint64_t epoch) {
     if (__builtin_expect(defences == NULL,1) || server.cluster->slots[slot] != server.cluster->myself) return 0;
     if (!slotmigSlotIsDefended(slot,claimant) || !slotmigFreshOfMajority(NULL)) return 0;
     /* This node moves it back there: one that replaced it in the meantime may have come to the end of
-     * that. A higher epoch would take all other slots from that one, too. */
+     * that. A higher epoch would take all other slots from that one, too. So there it has to be fresh
+     * in a cluster that is up. */
     slotMigJob *job = slotmigJobOfSlot(slot);
-    if (job && job->role == SLOTMIG_SOURCE && slotmigSameLineage(claimant,job->peer)) return 0;
+    if (job && job->role == SLOTMIG_SOURCE && slotmigSameLineage(claimant,job->peer) && !slotmigFresh(NULL)) return 0;
     if (server.cluster->currentEpoch < epoch) server.cluster->currentEpoch = epoch;
     if (!raise_epoch) serverLog(LL_NOTICE,"Node %.40s claims slot %d, which this node took over: claimed again with a higher epoch",
         claimant->name,slot);
@@ -1965,15 +1965,15 @@ static int shardOwns(slotMigJob *job) {
     return 1;
 }
 
-/* A target that was prepared, and replaced then, keeps what it has for the case that it replaces
- * its successor. What it copies from that one is newer: with the slots in it, or without any claim
- * to them. As for slotmigReplicaFollows(), a new client is a new copy. */
-static void watchSuccessor(slotMigJob *job) {
-    slotMigTarget *t = job->tgt;
-    client *c = server.master ? server.master : server.cached_master;
-    if (c == NULL || c->id == t->master) return;
-    if (t->master && server.master) t->outdated = 1;
-    if (t->master == 0 || server.master) t->master = c->id;
+/* A target that was prepared, and replaced then, keeps what it has for the case that it replaces its
+ * successor. Nothing but a copy of that one's data can have brought it keys of the slots: then that one
+ * took over, and the attempt is history. Without any such key, what was prepared is all there is. */
+static int endIfHistory(slotMigJob *job) {
+    int keys = 0;
+    if (job->tgt->relayed || !shardOwns(job)) return 0;
+    for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) keys |= slotHasLeftovers(j);
+    if (keys) slotmigEndJob(job,SLOTMIG_DONE,"this node replaced the one that took over, with a copy of its data");
+    return keys;
 }
 
 /* This replica is the master now, and may own the slots by its map. */
@@ -1981,8 +1981,7 @@ void slotmigTargetPromoted(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     clusterNode *myself = server.cluster->myself;
     if (!t->relayed) {
-        if (job->state == SLOTMIG_PREPARED && t->outdated && shardOwns(job)) slotmigEndJob(job,SLOTMIG_DONE,"this node replaced the one that took over, with a copy of its data");
-        t->master = t->outdated = 0;
+        if (job->state == SLOTMIG_PREPARED) endIfHistory(job);
         return;
     }
     if (job->state != SLOTMIG_PREPARED) slotmigDoNotServe(&job->slots);
@@ -2218,11 +2217,11 @@ void slotmigTargetStep(slotMigJob *job) {
         return;
     }
     if (job->state == SLOTMIG_PREPARED) {
-        if (!clusterNodeIsMaster(server.cluster->myself)) watchSuccessor(job);
         if (t->holding && mstime() - t->prepared_at > server.cluster_node_timeout) {
             t->holding = 0;         /* better sent back than kept waiting for ever */
             unblockPostponedClients();
         }
+        if (endIfHistory(job)) return;
         if (t->stream == NULL && shardOwns(job)) takeOver(job);
         else askSource(job);
         return;
