@@ -5,7 +5,10 @@
  *             and not know it. Only a fresh node prepares, commits, answers a
  *             question and takes slots back. Fresh is who, since it last stood still
  *             and not longer than twice the node timeout ago, has heard answers of a
- *             majority of the masters that serve slots, itself counted.
+ *             majority of the masters that serve slots, itself counted; and was not in
+ *             a minority a moment ago, when no majority had answered for a node timeout:
+ *             the answers come before the news. (Upstream's state does not show that
+ *             where others are heard, but do not hear this node.)
  *   echo      Every message carries its sender's current epoch. An epoch that a
  *             majority has echoed is below that of every later election.
  *   lineage   The master, whichever it is now, of the shard that a node belongs to.
@@ -87,7 +90,8 @@ static void lookForMinority(mstime_t now) {
     int size;
     if (now - looked_at < LOOK_PERIOD) return;
     looked_at = now;
-    if (countMasters(answeredNow,0,&size) < size/2+1) in_minority_at = now;
+    int heard = countMasters(answeredNow,0,&size);
+    if (heard < size/2+1) in_minority_at = now;
 }
 
 /* As long as upstream waits before a master that was in a minority takes writes again. */
@@ -107,7 +111,7 @@ static int isFresh(int whole_cluster, sds *why) {
     else if (now - last_turn > gap || now - still_until < SETTLE_MS) text = sdsnew("this node stood still or has just started");
     else if (heard < size/2+1)
         text = sdscatprintf(sdsempty(),"only %d of %d masters have answered lately",heard,size);
-    else if (!whole_cluster && in_minority_at && now - in_minority_at < rejoinDelay())
+    else if (in_minority_at && now - in_minority_at < rejoinDelay())
         text = sdsnew("this node was in a minority a moment ago");
     if (why) *why = text;
     else sdsfree(text);

@@ -213,3 +213,26 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow
         wait_cluster_agrees
     }
 }
+
+# What node 0 says of a hand-off that it does not know: PENDING and why, if it is not fresh.
+proc answer_of_unknown {} {
+    R 0 cluster slotmig ask [string repeat a 40] [string repeat b 40] [node_id 0] source inherited 16000 16000
+}
+
+start_cluster 3 3 {tags {external:skip cluster}} {
+    test "A master that was in a minority tells nothing until it has had time to hear the news" {
+        R 0 debug mark-internal-client
+        wait_for_condition 1000 10 {![string match "PENDING *" [answer_of_unknown]]} else {fail [answer_of_unknown]}
+        foreach n {1 2 4 5} {exec kill -STOP [node_pid $n]}
+        wait_for_condition 1000 10 {[string match "PENDING only 1 of 3 masters*" [answer_of_unknown]]} else {fail [answer_of_unknown]}
+        foreach n {1 2 4 5} {exec kill -CONT [node_pid $n]}
+        set said {}
+        wait_for_condition 100000 0 {
+            [set answer [answer_of_unknown]] ne "" && ($answer in $said || [lappend said $answer] ne "") && ![string match "PENDING *" $answer]
+        } else {
+            fail $said
+        }
+        assert_match "*this node was in a minority a moment ago*" $said
+        R 0 debug mark-internal-client unmark
+    }
+}
