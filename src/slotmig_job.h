@@ -358,6 +358,7 @@ void slotmigReplicaOps(slotMigJob *job, const char *p, size_t len);
 void slotmigReplicaPrepare(slotMigJob *job, uint64_t n, uint64_t epoch, uint64_t source_epoch,
                            unsigned long long keys, unsigned long long expires);
 void slotmigReplicaDiscard(slotMigJob *job, uint64_t n);
+int slotmigReplicaIsLate(slotMigJob *job, uint64_t n);      /* 1: TAKEOVER is to wait, postponed clients are released then */
 int slotmigReplicaTakeOver(slotMigJob *job, uint64_t n, uint64_t epoch);    /* 0: it has not all of it */
 void slotmigTargetForce(slotMigJob *job);           /* discard although bound */
 sds slotmigTargetTakeOverAlone(slotMigJob *job);    /* without the source's word; NULL: done */
@@ -450,6 +451,7 @@ int slotmigTargetCarry(slotMigJob *job, slotMigCarried *c);     /* 0: there is n
 struct slotMigShadow *slotmigTargetShadow(slotMigJob *job);
 int slotmigTargetEachOp(slotMigJob *job, const slotSet *slots,
     int (*fn)(void *arg, int slot, long long offset, uint32_t argc, const void *args, size_t bytes), void *arg);    /* ends at the first -1 */
+void slotmigTargetReplicaLost(slotMigJob *job);
 void slotmigTargetShare(slotMigJob *job, const slotSet *slots, uint64_t seq);
 struct slotRdbWriter;
 #define SLOTMIG_NO_POINT -1         /* of a section: it gets no slot-section field */
@@ -468,7 +470,7 @@ void slotmigReplicaCarriedEnd(slotMigJob *job);
 typedef enum {
     RELAY_HANDOFF, RELAY_END, RELAY_TRIM, RELAY_BEGIN, RELAY_DATA, RELAY_OPS, RELAY_PREPARED, RELAY_DISCARD,
     RELAY_TAKEOVER, RELAY_ABORT,
-    RELAY_JOB, RELAY_AGAIN, RELAY_SNAPSHOT, RELAY_LOADED, RELAY_LOST, RELAY_RECORD, RELAY_COPIED, RELAY_WORDS
+    RELAY_JOB, RELAY_AGAIN, RELAY_SNAPSHOT, RELAY_LOADED, RELAY_LOST, RELAY_RECORD, RELAY_COPIED, RELAY_COPY, RELAY_WORDS
 } slotMigWord;
 int slotmigHasReplicas(void);
 sds slotmigCheckReplicas(void);
@@ -485,11 +487,14 @@ void slotmigForgetTold(slotMigJob *job, slotMigWord word);
 void slotmigRelayBytes(slotMigJob *job, slotMigWord word, const void *p, size_t len);
 void slotmigRelayAttempt(slotMigJob *job, slotMigWord word, uint64_t n, uint64_t epoch, uint64_t source_epoch);
 void slotmigRelayTakeOver(slotMigJob *job, uint64_t n);
+void slotmigRelayCopy(slotMigJob *job);
+int slotmigMasterMustWait(client *c);
 extern int slotmig_unserved;
 void slotmigDoNotServe(const slotSet *slots);
 int slotmigIsUnserved(int slot);
 void slotmigServeSlot(int slot);
 void slotmigLackingPromoted(void);
+void slotmigLacks(const slotSet *slots);
 void slotmigHaveSlots(const slotSet *slots);
 void slotmigLackingTurn(void);
 void slotmigLackingStart(void);

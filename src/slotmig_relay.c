@@ -17,6 +17,7 @@
  *                 PREPARED n epoch source's-epoch
  *                 DISCARD n
  *                 TAKEOVER n epoch
+ *                 COPY                        who does not have the job: copy everything, and the job with it
  *                 ABORT text
  *
  * seq counts a job's words. A replica that misses one (it synchronized anew in the
@@ -65,7 +66,7 @@ typedef struct toldReplica {
 } toldReplica;
 
 static const char *word_names[RELAY_WORDS] = {
-    "handoff","end","trim","begin","data","ops","prepared","discard","takeover","abort","job","again","snapshot","loaded","lost","record","copied"
+    "handoff","end","trim","begin","data","ops","prepared","discard","takeover","abort","job","again","snapshot","loaded","lost","record","copied","copy"
 };
 
 /* ---- the master: who is there ---- */
@@ -261,6 +262,10 @@ void slotmigRelayPrepared(slotMigJob *job, uint64_t n, uint64_t source_epoch, un
 void slotmigRelayTakeOver(slotMigJob *job, uint64_t n) {
     sds args[] = { number(n), number(job->epoch), slotmigCommaRanges(&job->slots) };
     slotmigRelay(job,RELAY_TAKEOVER,3,args);
+}
+
+void slotmigRelayCopy(slotMigJob *job) {
+    slotmigRelay(job,RELAY_COPY,0,NULL);
 }
 
 /* TAKEOVER or ABORT has just been said, or cannot be said to these replicas: they
@@ -459,8 +464,10 @@ void slotmigReplicaWord(client *c) {
         toldReplica *t = findTold(job,node,1);
         t->heard = mstime();
         if (w == RELAY_LOST) {
+            int before = t->lost;
             t->lost = 1;
             serverLog(LL_NOTICE,"Slot migration %.8s: replica %.40s does not have it: %s",job->id,node,(char*)c->argv[6]->ptr);
+            if (!before) slotmigTargetReplicaLost(job);
         } else if (t->word[w] < n+1) {
             t->word[w] = n+1;
         }
@@ -506,7 +513,7 @@ static void lost(const char *id, const char *why) {
  * has taken them back. A restart must not forget either of them: `slotmig-lacking 3-10,20`, a
  * variable in nodes.conf. */
 static slotSet lacking, unserved;
-static uint64_t lacking_of;     /* the client of that master's stream */
+static uint64_t lacking_of;     /* the client of that master's stream, or of the last that began with a copy of everything */
 static int lacking_as_master;   /* the copy is complete, and the master lacks them as well */
 static slotSet lacking_next;    /* what the master lacks of which everything is being copied; */
 static int copying;             /* it is */
@@ -615,6 +622,23 @@ static void endCopying(void) {
     copying = 0;
 }
 
+/* CLUSTER FAILOVER, whose preconditions are met but for ours: 1, and an error, if this replica has no
+ * copy of some slots and a node of its shard may have one. That one would copy from here. */
+int slotmigRefuseFailover(client *c) {
+    clusterNode *master = server.cluster->myself->slaveof, *up = NULL;
+    if (lacking.count == 0 || lacking_as_master) return 0;
+    for (int i = -1; i < master->numslaves && up == NULL; i++) {
+        clusterNode *n = i == -1 ? master : master->slaves[i];
+        if (n != server.cluster->myself && !nodeFailed(n) && !nodeTimedOut(n)) up = n;
+    }
+    if (up == NULL) return 0;
+    sds ranges = slotmigCommaRanges(&lacking);
+    addReplyErrorFormat(c,"this replica has no copy yet of the slots %.200s, which its master took over: wait until it has "
+        "(master_link_status:up in INFO replication), or promote another node of the shard, such as %.40s",ranges,up->name);
+    sdsfree(ranges);
+    return 1;
+}
+
 /* ms that this replica stands back in an election, besides what its rank tells: while it has no copy
  * of some of its master's slots, those of its mates that may have one come first. */
 long long slotmigElectionDelay(void) {
@@ -630,18 +654,31 @@ void slotmigLackingPromoted(void) {
     slotSetClear(&lacking);
 }
 
+/* The master took these slots over, and this replica has no copy of them. */
+void slotmigLacks(const slotSet *slots) {
+    endCopying();
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
+        if (!slotSetHas(&lacking,j)) slotSetAdd(&lacking,j);
+    lacking_as_master = 0;
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+}
+
 /* This replica's data is not what the master's is from here on: copy all of it. */
 static void copyAnew(const char *id, const slotSet *slots, const char *why) {
     serverLog(LL_WARNING,"Slot migration %.8s: %s: this replica synchronizes anew with its master",id,why);
     if (server.master == NULL) return;
-    endCopying();
-    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
-        if (!slotSetHas(&lacking,j)) slotSetAdd(&lacking,j);
+    slotmigLacks(slots);
     lacking_of = server.master->id;
-    lacking_as_master = 0;
-    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
     server.master->flags |= CLIENT_PROTOCOL_ERROR;      /* it is not to be cached */
     freeClientAsync(server.master);
+}
+
+/* The master has what it needs without this replica, which came by a partial synchronization and so
+ * without the job. Once: what a copy of everything did not bring, another one does not either. */
+static void copyForJob(const char *id) {
+    slotSet none;
+    slotSetClear(&none);
+    if (server.master && server.master->id != lacking_of) copyAnew(id,&none,"the master's other replicas have it, this one does not");
 }
 
 /* A master's last slots went to this node: as upstream's replicas do on seeing the
@@ -684,6 +721,17 @@ static void trimReplica(const char *id, clusterNode *target, uint64_t epoch, con
     if (target && master && master->numslots == 0 && server.cluster_allow_replica_migration && !slotmigAnyHandoff())
         slotmigFollow(target);
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE);
+}
+
+/* Called before each command of the master. TAKEOVER waits, and the stream with it, until this replica is
+ * prepared: it may have read everything since BEGIN in one go, as after a break of the link, and its
+ * loader, which is a thread, is behind. */
+int slotmigMasterMustWait(client *c) {
+    unsigned long long seq, n;
+    if (c->cmd->proc != clusterCommand || c->argc < 7 || strcasecmp(c->argv[2]->ptr,"relay") || strcasecmp(c->argv[5]->ptr,"takeover") ||
+        sdslen(c->argv[3]->ptr) != SLOTMIG_ID_LEN || !string2ull(c->argv[4]->ptr,&seq) || !string2ull(c->argv[6]->ptr,&n)) return 0;
+    slotMigJob *job = slotmigFindJob(c->argv[3]->ptr);
+    return job && slotmigIsRelayed(job) && job->relay_seq == seq && slotmigReplicaIsLate(job,n);
 }
 
 /* CLUSTER SLOTMIG RELAY job seq word ..., from the master. */
@@ -742,6 +790,7 @@ void slotmigRelayed(client *c) {
         copyAnew(id,&slots,"the master took slots over that this replica has no copy of");
     if (job == NULL) {
         if (word == RELAY_ABORT) slotmigAnswerMaster(id,RELAY_ABORT,0,"");
+        else if (word == RELAY_COPY) copyForJob(id);
         else lost(id,"it is not known there");
         return;
     }

@@ -240,6 +240,7 @@ int slotmigFieldExpiryWaits(robj *o) {
 /* Called for every command that is about to run, after redirections. */
 int slotmigMustWait(client *c, int may_replicate) {
     if (slotmigFrozen() && slotmigFreezeMakesWait(c)) return 1;
+    if (__builtin_expect(c->flags & CLIENT_MASTER,0) && slotmigMasterMustWait(c)) return 1;
     if ((!fences && !slowed.count) || !may_replicate) return 0;
     if (!mayWrite(c)) return 0;
     if (flushes(c)) return 0;

@@ -105,6 +105,7 @@ struct slotMigTarget {
     uint64_t cut_n, cut_epoch, cut_current;
     long long cut_offset;
     mstime_t last_ack, next_check, prepared_at;
+    mstime_t late_since;            /* 0, or the master's TAKEOVER waits */
     int holding;                    /* clients that come early */
     slotMigDial *ask;
     int ask_anyway;                 /* although the link seems alive: the source asked */
@@ -1715,6 +1716,12 @@ int slotmigTargetEachOp(slotMigJob *job, const slotSet *slots,
     return 0;
 }
 
+/* A replica does not have the job. When the others suffice it is not worth a new beginning. */
+void slotmigTargetReplicaLost(slotMigJob *job) {
+    if (job->tgt == NULL || !job->tgt->relaying || job->state >= SLOTMIG_TAKEN) return;
+    if (slotmigLostCount(job) <= server.cluster->myself->numslaves - wantedReplicas(job)) slotmigRelayCopy(job);
+}
+
 /* A replica whose next word is `seq` has only these slots: the others, that are on their way or
  * came since it copied, are to come to it, too. */
 void slotmigTargetShare(slotMigJob *job, const slotSet *slots, uint64_t seq) {
@@ -1919,6 +1926,21 @@ void slotmigReplicaDiscard(slotMigJob *job, uint64_t n) {
     slotmigSetState(job,job->tgt->all_ready ? SLOTMIG_FOLLOWING : SLOTMIG_LOADING,"the source discarded the attempt");
 }
 
+/* Not for what will never come; and not for longer than a master may be silent. */
+int slotmigReplicaIsLate(slotMigJob *job, uint64_t n) {
+    slotMigTarget *t = job->tgt;
+    if (job->state != SLOTMIG_PREPARING || n != t->cut_n || t->copied || !slotmigReplicaFollows(job)) return 0;
+    if (t->late_since == 0) t->late_since = mstime();
+    slotmigJobsSoon();
+    return 1;
+}
+
+static void endLateness(slotMigTarget *t) {
+    if (t->late_since == 0) return;
+    t->late_since = 0;
+    unblockPostponedClients();
+}
+
 int slotmigReplicaTakeOver(slotMigJob *job, uint64_t n, uint64_t epoch) {
     slotMigTarget *t = job->tgt;
     clusterNode *master = server.cluster->myself->slaveof;
@@ -1990,6 +2012,7 @@ void slotmigTargetPromoted(slotMigJob *job) {
         return;
     }
     t->copied = 0;
+    endLateness(t);
     closePipe(t);
     t->relayed = 0;
     t->relaying = 1;
@@ -2031,6 +2054,10 @@ static void stepOfReplica(slotMigJob *job) {
         if (job->state == SLOTMIG_PREPARED) slotmigAnswerMaster(job->id,RELAY_PREPARED,t->cut_n,"");
     }
     if (job->state == SLOTMIG_PREPARED) return;
+    if (t->late_since && mstime() - t->late_since > server.repl_timeout*1000LL) {
+        failTarget(job,sdsnew("this replica was not prepared within repl-timeout when the master took over"));
+        return;
+    }
     startLoaderThread(job);
     if (slotmigEnded(job)) return;
     slotMigWork was = slotmigWork(WORK_attach);
@@ -2071,6 +2098,7 @@ static void stepOfReplica(slotMigJob *job) {
     if (slotmigFailPoint(FP_target_replica_prepared)) return;
     slotmigSetState(job,SLOTMIG_PREPARED,"the master is to take over");
     slotmigAnswerMaster(job->id,RELAY_PREPARED,t->cut_n,"");
+    endLateness(t);
 }
 
 /* ---- what comes from outside ---- */
@@ -2309,6 +2337,8 @@ void slotmigTargetFree(slotMigJob *job) {
     dropQueues(t);
     freeClient(t->applier);
     if (t->holding) unblockPostponedClients();
+    if (t->late_since && job->state != SLOTMIG_DONE) slotmigLacks(&job->slots);     /* the word may never be read */
+    endLateness(t);
     zfree(t);
     job->tgt = NULL;
 }

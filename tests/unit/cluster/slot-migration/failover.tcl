@@ -402,12 +402,17 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save ""}} {
     test "What such a replica does not serve it does not serve after a restart either" {
         set before [begin]
         failpoint 5 target_replica_takeover fail
+        R 5 config set cluster-replica-no-failover yes
         R 2 config set rdb-key-save-delay 10000
         failpoint 0 source_before_ask pause
         set id [migrate 0 2 3 10]
         wait_job_state 2 $id taken
         wait_for_condition 1000 10 {[count_log_message -5 "synchronizes anew"] > 0} else {fail "[job 5 $id]"}
+        assert_error "*has no copy yet of the slots 3-10*" {R 5 cluster failover takeover}
         kill_node 2
+        # There is nobody else now: it is promoted as it is.
+        wait_for_condition 1000 10 {[catch {R 5 cluster failover takeover} error] == 0} else {fail $error}
+        R 5 config set cluster-replica-no-failover no
         wait_for_condition 1000 10 {[owner_seen_by 1 3] == 5} else {fail [R 1 cluster nodes]}
         foreach round {promoted restarted} {
             wait_for_condition 1000 10 {[CI 5 cluster_state] eq "ok"} else {fail [R 5 cluster info]}

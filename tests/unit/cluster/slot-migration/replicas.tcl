@@ -104,14 +104,48 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         assert_equal yes [R $other get [key_in 5 meanwhile]]
     }
 
-    test "WAITREPLICAS 0 does not wait for it; a replica that was not prepared copies everything anew" {
+    test "WAITREPLICAS 0 does not wait for it; its own stream waits until it is prepared, and nothing is copied anew" {
         lassign [fill_owner] owner other
+        set replica [expr {$other+3}]
         set synced [full_syncs $other]
-        failpoint [expr {$other+3}] target_replica_prepared pause
+        failpoint $replica target_replica_prepared pause
         set id [migrate_with $owner $other WAITREPLICAS 0]
         wait_migrated $owner $other $id
-        failpoint [expr {$other+3}] target_replica_prepared off
+        R $other set [key_in 5 after] yes
+        wait_for_condition 1000 10 {[status [Rn $replica] blocked_clients] == 1} else {fail [R $replica info clients]}
+        wait_job_state $replica $id preparing
+        failpoint $replica target_replica_prepared off
+        wait_job_state $replica $id done
+        assert_same_as_replica $owner
+        assert_same_as_replica $other
+        assert_equal [list $synced 0] [list [full_syncs $other] [status [Rn $replica] blocked_clients]]
+    }
+
+    test "A replica that reads all of a migration at once takes over like the others" {
+        lassign [fill_owner] owner other
+        set replica [expr {$other+3}]
+        set synced [full_syncs $other]
+        stop_node $replica
+        set id [migrate_with $owner $other WAITREPLICAS 0]
+        foreach n [list $owner $other] {wait_job_state $n $id done}
+        continue_node $replica
+        wait_job_state $replica $id done
+        assert_same_as_replica $other
+        assert_equal $synced [full_syncs $other]
+    }
+
+    test "A replica that is not prepared within repl-timeout copies everything anew" {
+        lassign [fill_owner] owner other
+        set replica [expr {$other+3}]
+        set synced [full_syncs $other]
+        failpoint $replica target_replica_prepared pause
+        R $replica config set repl-timeout 1
+        set id [migrate_with $owner $other WAITREPLICAS 0]
+        wait_migrated $owner $other $id
         wait_for_condition 1000 10 {[full_syncs $other] == $synced+1} else {fail "no full synchronization"}
+        assert_match "*not prepared within repl-timeout*" [job_field $replica $id last-error]
+        R $replica config set repl-timeout 60
+        failpoint $replica target_replica_prepared off
         assert_same_as_replica $owner
         assert_same_as_replica $other
     }

@@ -251,6 +251,9 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         set id [migrate $from $to 3 10]
         foreach n [list $from $to $with] {wait_job_state $n $id done}
         wait_for_condition 1000 10 {[count_log_message -$without "synchronizes anew"] > 0} else {fail [job $without $id]}
+        foreach how {{} force takeover} {
+            assert_error "*has no copy yet of the slots 3-10*promote another node*" {R $without cluster failover {*}$how}
+        }
         set earlier [llength [election_delays $without]]
         kill_node $to
         wait_for_condition 3000 10 {[master_of [expr {$to%3}]] != -1} else {fail "nobody is promoted"}
@@ -260,6 +263,26 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         assert_same_dump $before [slots_dump $with $::slots]
         failpoint $without target_replica_takeover off
         start_node_again $to
+    }
+
+    test "A replica that came by a partial synchronization in mid-job copies everything, and the job with it" {
+        lassign [begin] from to
+        set before [slots_dump $from $::slots]
+        lassign [replicas_of [expr {$to%3}]] new other
+        set before_anew [count_log_message -$other "synchronizes anew"]
+        set id [start_job $from $to hold]
+        wait_job_state $from $id streaming
+        foreach n [list $new $other] {wait_job_state $n $id following}
+        # The old target is a replica then, which has the data, but not the job as its master has it.
+        assert_equal OK [R $new cluster failover]
+        wait_for_condition 3000 10 {[status [Rn $new] role] eq "master" && [status [Rn $to] master_link_status] eq "up"} else {fail [R $to info replication]}
+        foreach n [list $new $to] {
+            wait_for_condition 1000 10 {[job_field $n $id state] eq "following"} else {fail [job $n $id]}
+        }
+        assert_equal $before_anew [count_log_message -$other "synchronizes anew"]
+        R $from cluster alter-slot-migration id $id release
+        foreach n [list $from $new $other $to] {wait_job_state $n $id done}
+        assert_ended [expr {$to%3}] $before
     }
 
     test "A replica comes to the target in mid-job, from another shard: it has the slots with the others" {
