@@ -265,8 +265,9 @@ int slotmigSourceInDoubt(void) {
 int slotmigKeepsMaster(clusterNode *newmaster) {
     if (!slotmigSourceInDoubt() && !slotmigTakes() && !slotmigAnyRecord()) return 0;
     if (slotmigSameLineage(newmaster,server.cluster->myself->name)) return 0;
-    /* Not the one that took the last slots, when there is one that replaced this node. */
-    clusterNode *successor = server.cluster_allow_replica_migration ? slotmigSuccessor() : NULL;
+    /* Not the one that took the last slots, when there is one that replaced this node: that is
+     * followed whatever cluster-allow-replica-migration says, it is of this shard. */
+    clusterNode *successor = slotmigSuccessor();
     if (successor) slotmigFollow(successor);
     return successor || slotmigSourceInDoubt() || slotmigTakes();
 }

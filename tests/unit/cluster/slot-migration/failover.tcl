@@ -370,6 +370,31 @@ start_cluster 3 3 {tags {external:skip cluster}} {
     }
 }
 
+start_cluster 3 3 {tags {external:skip cluster} overrides {cluster-allow-replica-migration no}} {
+    test "A source in doubt that was replaced, and whose successor gave slots away since, follows it" {
+        set before [begin]
+        failpoint 2 target_before_takeover pause
+        set id [migrate 0 2 3 10]
+        wait_job_state 0 $id committed
+        R 0 save
+        kill_node 0
+        wait_for_condition 3000 10 {[status [Rn 3] role] eq "master"} else {fail "replica 3 is not promoted"}
+        foreach n {1 3} {wait_for_condition 1000 10 {[CI $n cluster_state] eq "ok"} else {fail [R $n cluster info]}}
+        wait_job_state 3 [migrate 3 1 5000 5000] done
+        # It is in doubt, too, and hears of the successor first, of the last slot's owner then.
+        exec kill -STOP [node_pid 1]
+        start_node_again 0
+        wait_for_condition 1000 10 {[owner_seen_by 0 100] == 3} else {fail [R 0 cluster nodes]}
+        wait_for_condition 1000 10 {[owner_seen_by 0 5000] == 1} else {fail [R 0 cluster nodes]}
+        exec kill -CONT [node_pid 1]
+        wait_for_condition 3000 10 {[status [Rn 0] role] eq "slave" && [status [Rn 0] master_link_status] eq "up"} else {
+            fail "node 0 has [R 0 dbsize] keys: [R 0 cluster nodes]"
+        }
+        failpoint 2 target_before_takeover off
+        assert_ends {2 3} $before -1
+    }
+}
+
 # A client that writes to the slots at this node: nothing is acknowledged there for as long as the
 # source may still have the only good copy.
 proc assert_no_stray_writes {n id} {
