@@ -81,6 +81,7 @@ char *slotmigCapability(void) {
 void slotmigReplicaCapability(client *c, const char *capa) {
     char node[CLUSTER_NAMELEN+1];
     int version;
+    c->psync_initial_offset = 0;    /* until a copy of everything begins: else it never has a value */
     if (sscanf(capa,"slotmig:%d:%40s",&version,node) != 2 || version != SLOTMIG_PROTOCOL || strlen(node) != CLUSTER_NAMELEN) return;
     if (replica_conns == NULL) {
         replica_conns = listCreate();
@@ -124,8 +125,8 @@ static int isOnline(const char *node) {
     return onlineClient(node) != NULL;
 }
 
-/* A connection of after the job's last word on which the replica has acknowledged it:
- * it was told by the stream, or copied everything anew. */
+/* A connection on which the replica has acknowledged the place of the job's last word: one of after
+ * it, or whose copy of everything began after it, and so has what it says. */
 static int hasCopiedSince(slotMigJob *job, const char *node) {
     listIter li;
     listNode *ln;
@@ -134,7 +135,8 @@ static int hasCopiedSince(slotMigJob *job, const char *node) {
     while ((ln = listNext(&li)) != NULL) {
         client *c = listNodeValue(ln);
         const char *name = nodeOfReplica(c);
-        if (c->id >= job->last_word_client && c->replstate == SLAVE_STATE_ONLINE && c->repl_ack_off >= job->last_word_offset &&
+        if ((c->id >= job->last_word_client || c->psync_initial_offset >= job->last_word_offset) &&
+            c->replstate == SLAVE_STATE_ONLINE && c->repl_ack_off >= job->last_word_offset &&
             name && !memcmp(name,node,CLUSTER_NAMELEN)) return 1;
     }
     return 0;

@@ -150,6 +150,26 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         assert_same_as_replica $other
     }
 
+    test "A replica that asked for a copy of everything before the take-over, and got it after, has the slots" {
+        lassign [fill_owner] owner other
+        set replica [expr {$other+3}]
+        R $other config set repl-diskless-sync-delay 3
+        R $other debug change-repl-id
+        R $other client kill type replica
+        wait_for_condition 1000 10 {[string match "*state=wait_bgsave*" [R $other info replication]]} else {fail [R $other info replication]}
+        failpoint $other target_after_takeover pause
+        R $other config set cluster-slot-migration-wait-replicas 0
+        set id [migrate $owner $other 3 10]
+        wait_job_state $other $id taken
+        R $other config set cluster-slot-migration-wait-replicas 1
+        failpoint $other target_after_takeover off
+        wait_job_state $other $id done
+        wait_job_state $owner $id done
+        R $other config set repl-diskless-sync-delay 0
+        assert_same_as_replica $owner
+        assert_same_as_replica $other
+    }
+
     test "A job that is cancelled leaves nothing at the replicas" {
         lassign [fill_owner] owner other
         set replica [expr {$other+3}]
