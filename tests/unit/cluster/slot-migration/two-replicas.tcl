@@ -285,6 +285,27 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         assert_ended [expr {$to%3}] $before
     }
 
+    # Upstream's, and not of a migration; but a replica that lacks slots copies everything more often.
+    test "A replica gets another master while it loads what came by the RDB channel" {
+        begin
+        set master [master_of 1]
+        lassign [replicas_of 1] new slow
+        fill_strings $master 6000 20000
+        foreach {name value} {key-load-delay 500 loading-process-events-interval-bytes 1024 repl-diskless-load disabled} {
+            R $slow config set $name $value
+        }
+        R $master debug change-repl-id
+        R $master client kill type replica
+        wait_for_condition 3000 10 {[status [Rn $new] master_link_status] eq "up" && [status [Rn $slow] loading] == 1} else {fail [R $slow info replication]}
+        kill_node $master
+        wait_for_condition 3000 10 {[status [Rn $new] role] eq "master"} else {fail [R $new cluster nodes]}
+        wait_for_condition 3000 10 {[status [Rn $slow] master_port] == [srv -$new port]} else {fail [R $slow info replication]}
+        assert_equal 1 [status [Rn $slow] loading]
+        R $slow config set key-load-delay 0
+        wait_shard_same 1
+        start_node_again $master
+    }
+
     test "A replica comes to the target in mid-job, from another shard: it has the slots with the others" {
         lassign [begin] from to
         set before [slots_dump $from $::slots]
