@@ -416,6 +416,9 @@ class Nemesis:
             info = node.info("replication")
             if info.get("master_link_status") != "up" and info.get("master_link_down_since_seconds") == "-1":
                 raise Skipped("%s has not copied anything yet" % node)
+            master = self.cluster.master_of(event["shard"])
+            if master and node.nodes_view()[node.id]["master"] != master.id:    # the shard would have two masters then
+                raise Skipped("%s has not heard yet who its master is" % node)
         self.say(event, str(node))
         self.log("CLUSTER FAILOVER %s at %s: %s" % (" ".join(how), node, node.call("CLUSTER", "FAILOVER", *how)))
 
