@@ -88,7 +88,7 @@ static mstime_t looked_at, in_minority_at;
 
 static void lookForMinority(mstime_t now) {
     int size;
-    if (now - looked_at < LOOK_PERIOD) return;
+    if (now - looked_at < LOOK_PERIOD || now - still_until < SETTLE_MS) return;     /* (that is another reason) */
     looked_at = now;
     int heard = countMasters(answeredNow,0,&size);
     if (heard < size/2+1) in_minority_at = now;

@@ -515,8 +515,8 @@ static void lost(const char *id, const char *why) {
  * has taken them back. A restart must not forget either of them: `slotmig-lacking 3-10,20`, a
  * variable in nodes.conf. */
 static slotSet lacking, unserved;
+static slotSet alone;           /* of `lacking`: those of which the master, as far as is known, has a copy */
 static uint64_t lacking_of;     /* the client of that master's stream, or of the last that began with a copy of everything */
-static int lacking_as_master;   /* the copy is complete, and the master lacks them as well */
 static slotSet lacking_next;    /* what the master lacks of which everything is being copied; */
 static int copying;             /* it is */
 int slotmig_unserved;           /* slots; a predictable branch for those who look up a slot */
@@ -544,6 +544,7 @@ void slotmigServeSlot(int slot) {
     if (!slotSetHas(&unserved,slot) && !slotSetHas(&lacking,slot)) return;
     slotSetRemove(&unserved,slot);
     slotSetRemove(&lacking,slot);
+    slotSetRemove(&alone,slot);
     slotmig_unserved = unserved.count;
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 }
@@ -572,7 +573,6 @@ void slotmigLoadLacking(const char *value) {
 /* The first turn after a start. A replica may go on with what it had. */
 void slotmigLackingStart(void) {
     if (clusterNodeIsMaster(server.cluster->myself)) slotmigLackingPromoted();
-    else lacking_as_master = 1;
 }
 
 /* In an RDB for replicas: they lack what their master lacks. */
@@ -595,12 +595,13 @@ void slotmigLackingTurn(void) {
     if (copying && server.master && server.master->id != lacking_of) {
         if (lacking.count || lacking_next.count) clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
         lacking = lacking_next;
+        slotSetClear(&alone);
         lacking_of = server.master->id;
-        lacking_as_master = 1;
         copying = 0;
     }
-    for (int j = slotSetNext(&lacking,0); lacking_as_master && j != -1; j = slotSetNext(&lacking,j+1)) {
+    for (int j = slotSetNext(&lacking,0); j != -1; j = slotSetNext(&lacking,j+1)) {
         clusterNode *owner = server.cluster->slots[j];
+        if (slotSetHas(&alone,j)) continue;
         if (owner && !slotmigSameLineage(owner,server.cluster->myself->name)) slotmigServeSlot(j);    /* they went back */
     }
     for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1)) {
@@ -609,7 +610,6 @@ void slotmigLackingTurn(void) {
         slotmigServeSlot(j);
         if (owner == NULL || !slotmigSameLineage(owner,server.cluster->myself->name)) continue;
         slotSetAdd(&lacking,j);     /* whoever replaced this node has what this one has */
-        lacking_as_master = 1;
     }
 }
 
@@ -628,13 +628,13 @@ static void endCopying(void) {
  * copy of some slots and a node of its shard may have one. That one would copy from here. */
 int slotmigRefuseFailover(client *c) {
     clusterNode *master = server.cluster->myself->slaveof, *up = NULL;
-    if (lacking.count == 0 || lacking_as_master) return 0;
+    if (alone.count == 0) return 0;
     for (int i = -1; i < master->numslaves && up == NULL; i++) {
         clusterNode *n = i == -1 ? master : master->slaves[i];
         if (n != server.cluster->myself && !nodeFailed(n) && !nodeTimedOut(n)) up = n;
     }
     if (up == NULL) return 0;
-    sds ranges = slotmigCommaRanges(&lacking);
+    sds ranges = slotmigCommaRanges(&alone);
     addReplyErrorFormat(c,"this replica has no copy yet of the slots %.200s, which its master took over: wait until it has "
         "(master_link_status:up in INFO replication), or promote another node of the shard, such as %.40s",ranges,up->name);
     sdsfree(ranges);
@@ -654,14 +654,17 @@ void slotmigLackingPromoted(void) {
     endCopying();
     slotmigDoNotServe(&lacking);
     slotSetClear(&lacking);
+    slotSetClear(&alone);
 }
 
 /* The master took these slots over, and this replica has no copy of them. */
 void slotmigLacks(const slotSet *slots) {
+    slotmigLackingTurn();       /* a copy that was completed in this turn */
     endCopying();
-    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
-        if (!slotSetHas(&lacking,j)) slotSetAdd(&lacking,j);
-    lacking_as_master = 0;
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
+        slotSetAdd(&lacking,j);
+        slotSetAdd(&alone,j);
+    }
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 }
 
@@ -680,6 +683,7 @@ static void copyAnew(const char *id, const slotSet *slots, const char *why) {
 static void copyForJob(const char *id) {
     slotSet none;
     slotSetClear(&none);
+    slotmigLackingTurn();
     if (server.master && server.master->id != lacking_of) copyAnew(id,&none,"the master's other replicas have it, this one does not");
 }
 

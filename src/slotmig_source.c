@@ -265,9 +265,10 @@ int slotmigSourceInDoubt(void) {
 int slotmigKeepsMaster(clusterNode *newmaster) {
     if (!slotmigSourceInDoubt() && !slotmigTakes() && !slotmigAnyRecord()) return 0;
     if (slotmigSameLineage(newmaster,server.cluster->myself->name)) return 0;
-    /* Not the one that took the last slots, when there is one that replaced this node: that is
-     * followed whatever cluster-allow-replica-migration says, it is of this shard. */
+    /* Not the one that took the last slots, when there is one that replaced this node, by a later
+     * decision: that is followed whatever cluster-allow-replica-migration says, it is of this shard. */
     clusterNode *successor = slotmigSuccessor();
+    if (successor && successor->configEpoch <= server.cluster->myself->configEpoch) successor = NULL;
     if (successor) slotmigFollow(successor);
     return successor || slotmigSourceInDoubt() || slotmigTakes();
 }

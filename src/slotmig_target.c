@@ -1716,10 +1716,12 @@ int slotmigTargetEachOp(slotMigJob *job, const slotSet *slots,
     return 0;
 }
 
-/* A replica does not have the job. When the others suffice it is not worth a new beginning. */
+/* A replica does not have the job. When the others suffice it is not worth a new beginning; when none
+ * is wanted it is not worth a copy either, before the job's end is known. */
 void slotmigTargetReplicaLost(slotMigJob *job) {
     if (job->tgt == NULL || !job->tgt->relaying || job->state >= SLOTMIG_TAKEN) return;
-    if (slotmigLostCount(job) <= server.cluster->myself->numslaves - wantedReplicas(job)) slotmigRelayCopy(job);
+    int want = wantedReplicas(job);
+    if (want && slotmigLostCount(job) <= server.cluster->myself->numslaves - want) slotmigRelayCopy(job);
 }
 
 /* A replica whose next word is `seq` has only these slots: the others, that are on their way or
@@ -1930,7 +1932,10 @@ void slotmigReplicaDiscard(slotMigJob *job, uint64_t n) {
 int slotmigReplicaIsLate(slotMigJob *job, uint64_t n) {
     slotMigTarget *t = job->tgt;
     if (job->state != SLOTMIG_PREPARING || n != t->cut_n || t->copied || !slotmigReplicaFollows(job)) return 0;
-    if (t->late_since == 0) t->late_since = mstime();
+    if (t->late_since == 0) {
+        t->late_since = mstime();
+        slotmigLacks(&job->slots);      /* the word may never be read; with it they are not lacking any more */
+    }
     slotmigJobsSoon();
     return 1;
 }
@@ -2056,6 +2061,11 @@ static void stepOfReplica(slotMigJob *job) {
     if (job->state == SLOTMIG_PREPARED) return;
     if (t->late_since && mstime() - t->late_since > server.repl_timeout*1000LL) {
         failTarget(job,sdsnew("this replica was not prepared within repl-timeout when the master took over"));
+        return;
+    }
+    if (t->late_since && server.master && sdslen(server.master->querybuf) > QUEUE_LIMITS*slotmig_config.buffer_limit) {
+        failTarget(job,sdsnew("this replica was not prepared when the master took over, and too much of its stream waits: raise "
+            "cluster-slot-migration-buffer-limit"));
         return;
     }
     startLoaderThread(job);
@@ -2337,7 +2347,6 @@ void slotmigTargetFree(slotMigJob *job) {
     dropQueues(t);
     freeClient(t->applier);
     if (t->holding) unblockPostponedClients();
-    if (t->late_since && job->state != SLOTMIG_DONE) slotmigLacks(&job->slots);     /* the word may never be read */
     endLateness(t);
     zfree(t);
     job->tgt = NULL;
