@@ -282,6 +282,18 @@ class Node:
                     saved = begun
         return saved and saved - (time.time() - now())
 
+    def unwritten_since(self):
+        """When this replica copied everything, by now()'s clock, if the append-only file it writes anew after that was
+        not in place yet when it died: with any server it comes back with the one before. None: it was."""
+        since = None
+        with open(self.log, errors="replace") as f:
+            for line in f:
+                if "Starting AOF after a successful sync" in line:
+                    since = log_time(line) - (time.time() - now())
+                elif "Background AOF rewrite finished successfully" in line:
+                    since = None
+        return since
+
     def descriptors(self):
         """How many of each kind."""
         kinds, sockets = collections.Counter(), socket_ends()

@@ -385,7 +385,11 @@ class Nemesis:
             time.sleep(0.02)
             self.plan(now() + 0.2, lambda _: self.restart(node, until), None)
             return
-        if slots and self.persistence != "aof":     # that one has written what it answered
+        if slots and self.persistence == "aof":     # that one has written what it answered
+            since = node.unwritten_since()
+            if since is not None:
+                self.crashes.append({"node": node.index, "until": now(), "slots": slots, "since": since, "all_else_kept": True})
+        elif slots:
             since = node.last_saved() if self.persistence == "rdb" else 0
             self.crashes.append({"node": node.index, "until": now(), "slots": slots, "since": since})
         self.log("%s is started again; %d slots were still its own" % (node, len(slots)))

@@ -80,18 +80,20 @@ def wait_jobs_end(cluster, crashes, violation, excused, seconds=60):
     except TimeoutError:
         pass
     stuck = unended(cluster)
+    forced = []
     waited_for = {job["id"] for _, job in stuck if "CANCEL-SLOT-MIGRATIONS" in job.get("reason", "")}
     for node, job in stuck:
         other = cluster.by_id(job.get("target" if job.get("role") == "source" else "source"))
         lost = [c for c in crashes if other and cluster.nodes[c["node"]].shard == other.shard]
         if lost and "CANCEL-SLOT-MIGRATIONS" in job["reason"]:
             excused["a migration that waits for an operator: " + brief(job["reason"])] += 1
-            crashes.append({"node": other.index, "until": now(), "slots": set(ranges_to_slots(job["slots"].split())), "since": 0})
+            forced.append({"node": other.index, "slots": set(ranges_to_slots(job["slots"].split())), "since": 0})
         elif not any(other_id in job.get("reason", "") for other_id in waited_for - {job["id"]}):
             violation("job does not end", "%s: %s" % (node, describe(job)))
     for node, job in stuck:
         for force in ((), ("FORCE",)):
             node.try_call("CLUSTER", "CANCEL-SLOT-MIGRATIONS", "ID", job["id"], *force)
+    crashes.extend(dict(crash, until=now()) for crash in forced)
 
 
 def wait_healed(cluster, violation, log, seconds=90):
