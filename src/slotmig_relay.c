@@ -535,6 +535,11 @@ void slotmigDoNotServe(const slotSet *slots) {
     sdsfree(ranges);
 }
 
+/* Called for each read of a READONLY client: the master answers it, who has the keys. */
+int slotmigIsLacking(int slot) {
+    return __builtin_expect(lacking.count != 0,0) && slotSetHas(&lacking,slot);
+}
+
 int slotmigIsUnserved(int slot) {
     return slotSetHas(&unserved,slot);
 }

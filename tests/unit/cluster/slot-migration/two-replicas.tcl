@@ -254,6 +254,11 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         foreach how {{} force takeover} {
             assert_error "*has no copy yet of the slots 3-10*promote another node*" {R $without cluster failover {*}$how}
         }
+        # It does not answer for keys that it has not got.
+        wait_for_condition 1000 10 {[owner_seen_by $without 3] == $to} else {fail [R $without cluster nodes]}
+        R $without readonly
+        assert_error "MOVED 3 *" {R $without get [key_in 3 probe]}
+        R $without readwrite
         set earlier [llength [election_delays $without]]
         kill_node $to
         wait_for_condition 3000 10 {[master_of [expr {$to%3}]] != -1} else {fail "nobody is promoted"}
