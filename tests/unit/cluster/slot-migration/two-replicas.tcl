@@ -309,6 +309,8 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         R $slow config set key-load-delay 0
         wait_shard_same 1
         start_node_again $master
+        R $new flushall
+        wait_shard_same 1
     }
 
     test "A replica comes to the target in mid-job, from another shard: it has the slots with the others" {
@@ -328,6 +330,7 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         wait_job_state $new $id done
         wait_for_condition 3000 10 {[R $new debug digest] eq [R $to debug digest]} else {fail "node $new differs"}
         R $new cluster replicate [node_id [master_of 1]]
+        wait_shard_same 1
         assert_ended [expr {$to%3}] $before
     }
 }
