@@ -82,7 +82,7 @@ struct _clusterNode *slotmigSlotOwner(int slot, struct _clusterNode *owner); /* 
 /* ---- the cluster's slot map ---- */
 int slotmigRefuseSlotChange(struct client *c, int slot); /* 1: replied with an error, the slot is in a job */
 int slotmigKeepsLostSlot(int slot, struct _clusterNode *claimant);                  /* 1: do not delete its keys: a job trims it, or they are gone */
-int slotmigIsLacking(int slot);     /* 1: this replica has no copy of it, though its master has */
+int slotmigIsLacking(int slot);     /* 1: this replica has no copy of it */
 int slotmigRefuseFailover(struct client *c);           /* 1: replied with an error, it lacks some of its slots */
 long long slotmigElectionDelay(void);   /* ms that this replica stands back: it lacks some of its slots */
 int slotmigKeepsMaster(struct _clusterNode *newmaster); /* 1: its last slot is gone, but the hand-off is not over */

@@ -535,7 +535,7 @@ void slotmigDoNotServe(const slotSet *slots) {
     sdsfree(ranges);
 }
 
-/* Called for each read of a READONLY client: the master answers it, who has the keys. */
+/* Called for each read of a READONLY client: its master is to answer then. */
 int slotmigIsLacking(int slot) {
     return __builtin_expect(lacking.count != 0,0) && slotSetHas(&lacking,slot);
 }

@@ -227,7 +227,7 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         wait_for_condition 1000 10 {[string match "PENDING only 1 of 3 masters*" [answer_of_unknown]]} else {fail [answer_of_unknown]}
         foreach n {1 2 4 5} {exec kill -CONT [node_pid $n]}
         set said {}
-        wait_for_condition 100000 0 {
+        wait_for_condition 20000 1 {
             [set answer [answer_of_unknown]] ne "" && ($answer in $said || [lappend said $answer] ne "") && ![string match "PENDING *" $answer]
         } else {
             fail $said
