@@ -110,8 +110,8 @@ class Cluster:
 class There(checker.Contents):
     """What the owners have in the end."""
 
-    def __init__(self, values):
-        self.values = values
+    def __init__(self, values, refused):
+        self.values, self.refused = values, refused
 
 
 def monitor(*samples):
@@ -126,6 +126,7 @@ class Test(unittest.TestCase):
         self.cluster = Cluster(self.directory.name)
         self.history, self.values, self.crashes, self.moves = [], {}, [], []
         self.monitors = [monitor() for _ in self.cluster.nodes]
+        self.refused = {}
         self.found, self.excused = [], collections.Counter()
 
     def op(self, what, key, value=None, reply=None, outcome="ok", node=0, at=None, lasts=0.5):
@@ -148,7 +149,7 @@ class Test(unittest.TestCase):
         return checker.Excuses(self.cluster, self.monitors, self.crashes, self.moves, 0)
 
     def check(self, owners=False):
-        c = checker.Checker(sorted(self.history, key=lambda o: o.began), There(self.values), self.excuses()).check()
+        c = checker.Checker(sorted(self.history, key=lambda o: o.began), There(self.values, self.refused), self.excuses()).check()
         if owners:
             c.check_owners({n.index: n.shard for n in self.cluster.nodes}, self.moves)
         self.found, self.excused = c.violations, c.excused
@@ -225,6 +226,11 @@ class Values(Test):
         self.op("rpush", "rpush:c0", "c0:2", 2)
         self.there(rpush_c0=["c0:1"])
         self.assertFinds("lost")
+
+    def test_unserved_slot(self):
+        self.op("rpush", "rpush:c0", "c0:1", 1)
+        self.refused[SLOT] = "%srpush:c0 of node 0: CLUSTERDOWN Hash slot not served" % KEY
+        self.assertFinds("unserved")
 
     def test_lost_from_a_set(self):
         self.op("sadd", "sadd:c0", "c0:1", 1)

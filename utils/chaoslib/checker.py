@@ -163,6 +163,7 @@ class Contents:
 
     def __init__(self, cluster, operations):
         self.values = {}
+        self.refused = {}           # slot: the answer of an owner that does not serve it
         owner = cluster.owner_nodes(cluster.nodes[0])
         wanted = collections.defaultdict(list)
         for key, command in sorted(set(self.reads(operations))):
@@ -172,8 +173,9 @@ class Contents:
             c = node.connect(60)
             for (key, _), reply in zip(some, c.pipeline([command for _, command in some])):
                 if isinstance(reply, Refused):
-                    raise RuntimeError("cannot read %s: %s" % (key, reply))
-                self.values[key] = reply
+                    self.refused.setdefault(slot_of(key), "%s of node %d: %s" % (key, node.index, reply))
+                else:
+                    self.values[key] = reply
             c.close()
 
     def reads(self, operations):
@@ -219,7 +221,11 @@ class Checker:
             self.violation(kind, "%s; %s" % (text, o))
 
     def check(self):
+        for slot, text in sorted(self.contents.refused.items()):
+            self.violation("unserved", "slot %d: %s" % (slot, text))
         for key, operations in self.by_key.items():
+            if slot_of(key) in self.contents.refused:
+                continue
             kind = operations[0].what
             {"rpush": self.check_list, "llen": self.check_list, "incr": self.check_counter, "sadd": self.check_set,
              "pair": self.check_pair, "lua": self.check_script, "set": self.check_register, "del": self.check_register,
