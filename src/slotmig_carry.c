@@ -13,7 +13,7 @@
  *   slotmig-data  a piece of an RDB with the slots' sections, as in a migration's snapshot
  *   slotmig-end   nothing: the job is complete
  *
- *   slotmig-lacking 3-10,20: before these, slots of which the master has no copy (slotmig_relay.c)
+ *   slotmig-lacking 3-10,20: before these, slots of which the master has no copy (slotmig_lacking.c)
  *
  * Another server skips them. A slot is carried when its section is in the shadow and it
  * was not touched by a unit of which only a part has arrived.

@@ -387,8 +387,8 @@ void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg) {
     listRewind(slotmig_jobs,&li);
     while ((ln = listNext(&li)) != NULL) jobs[i++] = listNodeValue(ln);
     /* Each time another one is the first: together they have one slice of time. */
-    static unsigned first;
-    first++;
+    static unsigned turn;
+    unsigned first = ++turn;        /* fn may call this, too */
     for (i = 0; i < n; i++) {
         slotMigJob *job = jobs[(first+i)%n];
         if (!slotmigEnded(job)) fn(job,arg);    /* trimLog() alone frees them */

@@ -489,20 +489,6 @@ void slotmigRelayAttempt(slotMigJob *job, slotMigWord word, uint64_t n, uint64_t
 void slotmigRelayTakeOver(slotMigJob *job, uint64_t n);
 void slotmigRelayCopy(slotMigJob *job);
 int slotmigMasterMustWait(client *c);
-extern int slotmig_unserved;
-void slotmigDoNotServe(const slotSet *slots);
-int slotmigIsUnserved(int slot);
-void slotmigServeSlot(int slot);
-void slotmigLackingPromoted(void);
-void slotmigLacks(const slotSet *slots);
-void slotmigHaveSlots(const slotSet *slots);
-void slotmigLackingTurn(void);
-void slotmigLackingStart(void);
-sds slotmigSaveLacking(sds conf);
-void slotmigLoadLacking(const char *value);
-#define AUX_LACKING "slotmig-lacking"
-int slotmigCarryLacking(rio *rdb);              /* -1: a write error */
-void slotmigLackingCopied(const char *value);   /* NULL: a copy of everything begins */
 void slotmigRelayPrepared(slotMigJob *job, uint64_t n, uint64_t source_epoch, unsigned long long keys, unsigned long long expires);
 int slotmigToldCount(slotMigJob *job, slotMigWord word, uint64_t n);
 sds slotmigNotTold(slotMigJob *job, slotMigWord word, uint64_t n);
@@ -519,6 +505,25 @@ void slotmigWasLastWord(slotMigJob *job);
  * that waits for it. */
 int slotmigRequestIsOpen(const slotMigJob *job);
 void slotmigRequestAnswered(slotMigJob *job, const char *error);
+
+/* ---- slots without a copy of their keys (slotmig_lacking.c) ---- */
+
+#define AUX_LACKING "slotmig-lacking"
+extern int slotmig_unserved;
+void slotmigLacks(const slotSet *slots);
+void slotmigHaveSlots(const slotSet *slots);
+void slotmigLackingSince(const client *master);
+int slotmigBeganWithCopy(const client *master);
+void slotmigLackingCopied(const char *value);   /* NULL: a copy of everything begins */
+void slotmigLackingPromoted(void);
+void slotmigDoNotServe(const slotSet *slots);
+int slotmigIsUnserved(int slot);
+void slotmigServeSlot(int slot);
+void slotmigLackingTurn(void);
+void slotmigLackingStart(void);
+sds slotmigSaveLacking(sds conf);
+int slotmigLoadLacking(const char *name, const char *value);    /* 0: not one of ours */
+int slotmigCarryLacking(rio *rdb);              /* -1: a write error */
 
 /* ---- the shadow (slotmig_shadow.c) ---- */
 

@@ -51,7 +51,11 @@
 #define SILENCE 1000                /* ms without a word of a replica that is behind */
 
 /* Who a connected replica is. */
-typedef struct replicaConn { uint64_t client; char node[CLUSTER_NAMELEN+1]; } replicaConn;
+typedef struct replicaConn {
+    uint64_t client;
+    char node[CLUSTER_NAMELEN+1];
+    char taking[SLOTMIG_ID_LEN];        /* the last job of which it was told TAKEOVER, if it has not answered */
+} replicaConn;
 static list *replica_conns;
 
 /* What a replica has said of a job. Names are compared by their 40 bytes: a node's
@@ -96,17 +100,23 @@ void slotmigReplicaCapability(client *c, const char *capa) {
     replicaConn *r = zmalloc(sizeof(*r));
     r->client = c->id;
     memcpy(r->node,node,sizeof(r->node));
+    r->taking[0] = '\0';
     listAddNodeTail(replica_conns,r);
 }
 
-static const char *nodeOfReplica(const client *c) {
+static replicaConn *connOf(const client *c) {
     listIter li;
     listNode *ln;
     if (replica_conns == NULL) return NULL;
     listRewind(replica_conns,&li);
     while ((ln = listNext(&li)) != NULL)
-        if (((replicaConn*)listNodeValue(ln))->client == c->id) return ((replicaConn*)listNodeValue(ln))->node;
+        if (((replicaConn*)listNodeValue(ln))->client == c->id) return listNodeValue(ln);
     return NULL;
+}
+
+static const char *nodeOfReplica(const client *c) {
+    replicaConn *r = connOf(c);
+    return r ? r->node : NULL;
 }
 
 static client *onlineClient(const char *node) {
@@ -191,6 +201,11 @@ void slotmigRelay(slotMigJob *job, slotMigWord word, int n, sds *args) {
     for (int i = 0; i < n; i++) argv[argc++] = createObject(OBJ_STRING,args[i]);
     replicationFeedSlaves(server.slaves,-1,argv,argc);
     for (int i = 0; i < argc; i++) decrRefCount(argv[i]);
+    if (word != RELAY_TAKEOVER || replica_conns == NULL) return;
+    listIter li;
+    listNode *ln;
+    listRewind(replica_conns,&li);
+    while ((ln = listNext(&li)) != NULL) memcpy(((replicaConn*)listNodeValue(ln))->taking,job->id,SLOTMIG_ID_LEN);
 }
 
 static sds number(uint64_t n) {
@@ -372,14 +387,16 @@ static int moreFirst(const void *a, const void *b) {
 }
 
 /* Of the stream, of which `sent` bytes were relayed: how much have so many of the
- * connected replicas applied that have the whole snapshot? -1: there are not so many. */
+ * connected replicas applied that have the whole snapshot? -1: there are not so many. One that
+ * has not answered another job's TAKEOVER does not count: it may wait there (slotmigMasterMustWait()),
+ * and reads nothing behind it. */
 long long slotmigRelayApplied(slotMigJob *job, int wanted, unsigned long long sent) {
     clusterNode *myself = server.cluster->myself;
     unsigned long long *applied = zmalloc(sizeof(*applied)*(myself->numslaves+1));
     int n = 0;
     for (int i = 0; i < myself->numslaves; i++) {
         const char *node = myself->slaves[i]->name;
-        if (!isTold(job,node,RELAY_LOADED,0)) continue;
+        if (!isTold(job,node,RELAY_LOADED,0) || connOf(onlineClient(node))->taking[0]) continue;
         toldReplica *t = findTold(job,node,0);
         applied[n] = t->word[RELAY_OPS] ? t->word[RELAY_OPS]-1 : 0;
         if (applied[n] == sent || mstime() - t->heard < SILENCE) n++;
@@ -446,6 +463,12 @@ void slotmigReplicaWord(client *c) {
     if (!(c->flags & CLIENT_SLAVE) || c->argc != 7) return;
     const char *node = nodeOfReplica(c);
     if (node == NULL || strcmp(node,c->argv[2]->ptr) || sdslen(c->argv[3]->ptr) != SLOTMIG_ID_LEN) return;
+    replicaConn *conn = connOf(c);
+    if (!memcmp(conn->taking,c->argv[3]->ptr,SLOTMIG_ID_LEN) &&
+        (!strcasecmp(c->argv[4]->ptr,word_names[RELAY_TAKEOVER]) || !strcasecmp(c->argv[4]->ptr,word_names[RELAY_LOST]))) {
+        conn->taking[0] = '\0';
+        slotmigJobsSoon();
+    }
     slotMigJob *job = slotmigFindJob(c->argv[3]->ptr);
     if (!strcasecmp(c->argv[4]->ptr,word_names[RELAY_RECORD])) {
         if (!slotmigHasRecord(c->argv[3]->ptr,0)) endRecord(c->argv[3]->ptr);
@@ -509,176 +532,12 @@ static void lost(const char *id, const char *why) {
     slotmigAnswerMaster(id,RELAY_LOST,0,why);
 }
 
-/* Slots that the master took over, and of which this replica has no copy until it has
- * copied everything. Should it be promoted before, it claims them, but it would serve them
- * without their keys: it does not, until the source, which still has the keys, has asked and
- * has taken them back. A restart must not forget either of them: `slotmig-lacking 3-10,20`, a
- * variable in nodes.conf. */
-static slotSet lacking, unserved;
-static slotSet alone;           /* of `lacking`: those of which the master, as far as is known, has a copy */
-static uint64_t lacking_of;     /* the client of that master's stream, or of the last that began with a copy of everything */
-static slotSet lacking_next;    /* what the master lacks of which everything is being copied; */
-static int copying;             /* it is */
-int slotmig_unserved;           /* slots; a predictable branch for those who look up a slot */
-
-/* This node was promoted without the keys of these slots. */
-void slotmigDoNotServe(const slotSet *slots) {
-    int before = unserved.count;
-    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
-        if (server.cluster->slots[j] == server.cluster->myself && !slotSetHas(&unserved,j)) slotSetAdd(&unserved,j);
-    slotmig_unserved = unserved.count;
-    if (unserved.count == before) return;
-    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_FSYNC_CONFIG);
-    sds ranges = slotSetToString(&unserved);
-    serverLog(LL_WARNING,"Slot migration: this node's master took slots over of which it has no copy: it does not serve %.200s "
-        "until their source has taken them back. Should that be lost, too, CLUSTER SETSLOT slot NODE with this node's id serves them empty",ranges);
-    sdsfree(ranges);
-}
-
-/* Called for each read of a READONLY client: its master is to answer then. */
-int slotmigIsLacking(int slot) {
-    return __builtin_expect(lacking.count != 0,0) && slotSetHas(&lacking,slot);
-}
-
-int slotmigIsUnserved(int slot) {
-    return slotSetHas(&unserved,slot);
-}
-
-/* Somebody else's by now, or an operator has decided. */
-void slotmigServeSlot(int slot) {
-    if (!slotSetHas(&unserved,slot) && !slotSetHas(&lacking,slot)) return;
-    slotSetRemove(&unserved,slot);
-    slotSetRemove(&lacking,slot);
-    slotSetRemove(&alone,slot);
-    slotmig_unserved = unserved.count;
-    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
-}
-
-/* Both, "3-10,20"; NULL: none. */
-static sds lackingRanges(void) {
-    slotSet both = lacking;
-    for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1))
-        if (!slotSetHas(&both,j)) slotSetAdd(&both,j);
-    return both.count ? slotmigCommaRanges(&both) : NULL;
-}
-
-sds slotmigSaveLacking(sds conf) {
-    sds ranges = lackingRanges();
-    if (ranges) conf = sdscatfmt(conf," " AUX_LACKING " %S",ranges);
-    sdsfree(ranges);
-    return conf;
-}
-
-/* Which of the two is decided when the slot map is complete: slotmigLackingStart(). */
-void slotmigLoadLacking(const char *value) {
-    if (!slotmigParseRanges(value,&lacking))
-        serverLog(LL_WARNING,"nodes.conf: slotmig-lacking is not understood from some place on: %.100s",value);
-}
-
-/* The first turn after a start. A replica may go on with what it had. */
-void slotmigLackingStart(void) {
-    if (clusterNodeIsMaster(server.cluster->myself)) slotmigLackingPromoted();
-}
-
-/* In an RDB for replicas: they lack what their master lacks. */
-int slotmigCarryLacking(rio *rdb) {
-    sds ranges = lackingRanges();
-    int res = ranges ? slotRdbWriteAux(rdb,AUX_LACKING,ranges,sdslen(ranges)) : 0;
-    sdsfree(ranges);
-    return res;
-}
-
-void slotmigLackingCopied(const char *value) {
-    if (value == NULL) slotSetClear(&lacking_next);
-    else if (!slotmigParseRanges(value,&lacking_next)) serverLog(LL_WARNING,"The master's RDB: " AUX_LACKING " is not understood: %.100s",value);
-    copying = 1;
-}
-
-/* Each turn of the event loop. A copy of everything makes a new client: then the keys are here
- * that the master has. */
-void slotmigLackingTurn(void) {
-    if (copying && server.master && server.master->id != lacking_of) {
-        if (lacking.count || lacking_next.count) clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
-        lacking = lacking_next;
-        slotSetClear(&alone);
-        lacking_of = server.master->id;
-        copying = 0;
-    }
-    for (int j = slotSetNext(&lacking,0); j != -1; j = slotSetNext(&lacking,j+1)) {
-        clusterNode *owner = server.cluster->slots[j];
-        if (slotSetHas(&alone,j)) continue;
-        if (owner && !slotmigSameLineage(owner,server.cluster->myself->name)) slotmigServeSlot(j);    /* they went back */
-    }
-    for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1)) {
-        clusterNode *owner = server.cluster->slots[j];
-        if (owner == server.cluster->myself) continue;
-        slotmigServeSlot(j);
-        if (owner == NULL || !slotmigSameLineage(owner,server.cluster->myself->name)) continue;
-        slotSetAdd(&lacking,j);     /* whoever replaced this node has what this one has */
-    }
-}
-
-void slotmigHaveSlots(const slotSet *slots) {
-    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) slotmigServeSlot(j);
-}
-
-/* A copy of everything ends here, in whatever way: what the master lacked of it, this node does. */
-static void endCopying(void) {
-    for (int j = slotSetNext(&lacking_next,0); copying && j != -1; j = slotSetNext(&lacking_next,j+1)) slotSetAdd(&lacking,j);
-    slotSetClear(&lacking_next);
-    copying = 0;
-}
-
-/* CLUSTER FAILOVER, whose preconditions are met but for ours: 1, and an error, if this replica has no
- * copy of some slots and a node of its shard may have one. That one would copy from here. */
-int slotmigRefuseFailover(client *c) {
-    clusterNode *master = server.cluster->myself->slaveof, *up = NULL;
-    if (alone.count == 0) return 0;
-    for (int i = -1; i < master->numslaves && up == NULL; i++) {
-        clusterNode *n = i == -1 ? master : master->slaves[i];
-        if (n != server.cluster->myself && !nodeFailed(n) && !nodeTimedOut(n)) up = n;
-    }
-    if (up == NULL) return 0;
-    sds ranges = slotmigCommaRanges(&alone);
-    addReplyErrorFormat(c,"this replica has no copy yet of the slots %.200s, which its master took over: wait until it has "
-        "(master_link_status:up in INFO replication), or promote another node of the shard, such as %.40s",ranges,up->name);
-    sdsfree(ranges);
-    return 1;
-}
-
-/* ms that this replica stands back in an election, besides what its rank tells: while it has no copy
- * of some of its master's slots, those of its mates that may have one come first. */
-long long slotmigElectionDelay(void) {
-    clusterNode *master = server.cluster->myself->slaveof;
-    if (lacking.count == 0 || master == NULL || master->numslaves < 2) return 0;
-    return server.cluster_node_timeout + 1000LL*master->numslaves;
-}
-
-/* This replica was promoted. */
-void slotmigLackingPromoted(void) {
-    endCopying();
-    slotmigDoNotServe(&lacking);
-    slotSetClear(&lacking);
-    slotSetClear(&alone);
-}
-
-/* The master took these slots over, and this replica has no copy of them. */
-void slotmigLacks(const slotSet *slots) {
-    slotmigLackingTurn();       /* a copy that was completed in this turn */
-    endCopying();
-    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
-        slotSetAdd(&lacking,j);
-        slotSetAdd(&alone,j);
-    }
-    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
-}
-
 /* This replica's data is not what the master's is from here on: copy all of it. */
 static void copyAnew(const char *id, const slotSet *slots, const char *why) {
     serverLog(LL_WARNING,"Slot migration %.8s: %s: this replica synchronizes anew with its master",id,why);
     if (server.master == NULL) return;
     slotmigLacks(slots);
-    lacking_of = server.master->id;
+    slotmigLackingSince(server.master);
     server.master->flags |= CLIENT_PROTOCOL_ERROR;      /* it is not to be cached */
     freeClientAsync(server.master);
 }
@@ -688,8 +547,7 @@ static void copyAnew(const char *id, const slotSet *slots, const char *why) {
 static void copyForJob(const char *id) {
     slotSet none;
     slotSetClear(&none);
-    slotmigLackingTurn();
-    if (server.master && server.master->id != lacking_of) copyAnew(id,&none,"the master's other replicas have it, this one does not");
+    if (server.master && !slotmigBeganWithCopy(server.master)) copyAnew(id,&none,"the master's other replicas have it, this one does not");
 }
 
 /* A master's last slots went to this node: as upstream's replicas do on seeing the
@@ -700,15 +558,30 @@ void slotmigFollow(const clusterNode *n) {
     memcpy(follow,n->name,CLUSTER_NAMELEN);
 }
 
+static void followNode(clusterNode *n) {
+    clusterSetMaster(n);
+    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE|CLUSTER_TODO_FSYNC_CONFIG);
+}
+
+/* A replica that hears of the failover by the old master's words alone, which is a replica itself now, stays
+ * a replica of that: upstream looks only when some slot is claimed that it did not know of. */
+static void leaveChain(void) {
+    clusterNode *master = server.cluster->myself->slaveof, *theirs = master ? master->slaveof : NULL;
+    if (__builtin_expect(theirs == NULL,1) || clusterNodeIsMaster(master) || !clusterNodeIsMaster(theirs) ||
+        theirs == server.cluster->myself || slotmigKeepsMaster(theirs)) return;
+    serverLog(LL_NOTICE,"This node's master is a replica now. Reconfiguring myself as a replica of its master %.40s",theirs->name);
+    followNode(theirs);
+}
+
 void slotmigFollowSlots(void) {
+    leaveChain();
     if (follow[0] == '\0') return;
     clusterNode *myself = server.cluster->myself, *target = clusterLookupNode(follow,CLUSTER_NAMELEN);
     follow[0] = '\0';
     if (target == NULL || target == myself || !clusterNodeIsMaster(target)) return;
     if (myself->slaveof ? myself->slaveof->numslots || slotmigTakes() : myself->numslots != 0) return;
     serverLog(LL_NOTICE,"The last slot of this shard's old master moved away. Reconfiguring myself as a replica of %.40s",target->name);
-    clusterSetMaster(target);
-    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_UPDATE_STATE|CLUSTER_TODO_FSYNC_CONFIG);
+    followNode(target);
 }
 
 /* The slots are another node's, with this epoch. */

@@ -1683,10 +1683,7 @@ int slotmigLoadVar(const char *name, const char *value) {
         slotmigLoadRecord(value,!strcasecmp(name,"slotmig-handoff"));
         return 1;
     }
-    if (!strcasecmp(name,"slotmig-lacking")) {
-        slotmigLoadLacking(value);
-        return 1;
-    }
+    if (slotmigLoadLacking(name,value)) return 1;
     if (strcasecmp(name,"slotmig-given")) return 0;
     if (!slotmigParseRanges(value,&given))
         serverLog(LL_WARNING,"nodes.conf: slotmig-given is not understood from some place on: %.100s",value);

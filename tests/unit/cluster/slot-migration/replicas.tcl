@@ -121,6 +121,27 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         assert_equal [list $synced 0] [list [full_syncs $other] [status [Rn $replica] blocked_clients]]
     }
 
+    test "A replica whose stream waits at a take-over does not count for another job: no writer is fenced in vain" {
+        lassign [fill_owner] owner other
+        set replica [expr {$other+3}]
+        failpoint $replica target_replica_prepared pause
+        set waits [lindex [R $owner cluster migrate-slots slotsrange 7 10 node [node_id $other] hold waitreplicas 1] 0]
+        foreach n [list $other $replica] {wait_job_state $n $waits following}
+        set id [lindex [R $owner cluster migrate-slots slotsrange 3 6 node [node_id $other] waitreplicas 0] 0]
+        foreach n [list $owner $other] {wait_job_state $n $id done}
+        wait_for_condition 1000 10 {[status [Rn $replica] blocked_clients] == 1} else {fail [R $replica info clients]}
+        R $owner cluster alter-slot-migration id $waits release
+        wait_for_condition 1000 10 {[string match "*fewer than 1 of 1 replicas have the snapshot and follow*" [job_field $other $waits reason]]} else {
+            fail "[job $owner $waits] [job $other $waits]"
+        }
+        assert_equal 0 [job_field $owner $waits attempt]
+        failpoint $replica target_replica_prepared off
+        foreach n [list $owner $other $replica] {wait_job_state $n $waits done}
+        assert_equal 1 [job_field $owner $waits attempt]
+        assert_same_as_replica $owner
+        assert_same_as_replica $other
+    }
+
     test "A replica that reads all of a migration at once takes over like the others" {
         lassign [fill_owner] owner other
         set replica [expr {$other+3}]

@@ -270,6 +270,39 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         start_node_again $to
     }
 
+    # The election that it scheduled for the first failure, long ahead as its own node timeout is long, is
+    # not one for the second.
+    test "A replica without a copy stands back anew when the one that was elected fails, too" {
+        lassign [begin] from to
+        set before [slots_dump $from $::slots]
+        lassign [replicas_of [expr {$to%3}]] without with
+        # It misses the take-over, and no master lets it in.
+        failpoint $without target_replica_takeover fail
+        foreach {name value} {masteruser nobody masterauth none} {R $without config set $name $value}
+        set id [migrate $from $to 3 10]
+        foreach n [list $from $to $with] {wait_job_state $n $id done}
+        wait_for_condition 1000 10 {[count_log_message -$without "synchronizes anew"] > 0} else {fail [job $without $id]}
+        R $without config set cluster-node-timeout 5000
+        set earlier [llength [election_delays $without]]
+        exec kill -STOP [node_pid $to]
+        wait_for_condition 3000 10 {[status [Rn $with] role] eq "master"} else {fail "nobody is promoted"}
+        assert_equal [expr {$earlier + 1}] [llength [election_delays $without]]
+        exec kill -CONT [node_pid $to]
+        wait_for_condition 3000 10 {[status [Rn $to] role] eq "slave" && [status [Rn $to] master_link_status] eq "up"} else {fail [R $to info replication]}
+        wait_for_condition 3000 10 {[status [Rn $without] master_port] == [srv -$with port]} else {fail [R $without info replication]}
+        kill_node $with
+        wait_for_condition 3000 10 {[status [Rn $to] role] eq "master"} else {fail "nobody is promoted again"}
+        assert_equal slave [status [Rn $without] role]
+        set delays [lrange [election_delays $without] $earlier end]
+        assert_equal 2 [llength $delays] $delays
+        foreach delay $delays {assert_morethan $delay 6999}
+        assert_same_dump $before [slots_dump $to $::slots]
+        foreach name {masteruser masterauth} {R $without config set $name ""}
+        failpoint $without target_replica_takeover off
+        start_node_again $with
+        assert_ended [expr {$to%3}] $before
+    }
+
     test "A replica that came by a partial synchronization in mid-job copies everything, and the job with it" {
         lassign [begin] from to
         set before [slots_dump $from $::slots]
