@@ -666,6 +666,7 @@ int clusterDelSlot(int slot);
 int getSlotOrReply(client *c, robj *o);
 void clusterSaveConfigOrDie(int do_fsync);
 int clusterSaveConfig(int do_fsync);
+void replicationDiscardCachedMaster(void);
 void clusterDoBeforeSleep(int flags);
 void clusterBroadcastPong(int target);
 void clusterUpdateState(void);

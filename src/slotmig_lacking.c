@@ -10,8 +10,8 @@
  *
  * Should it be promoted all the same, it claims these slots, but does not serve them until
  * the source, which still has the keys, has asked and has taken them back. A restart must
- * not forget: two variables of nodes.conf, `slotmig-lacking 3-10,20` of slots it lacks or
- * does not serve, `slotmig-alone 3-10` of those that its master has.
+ * not forget: `slotmig-lacking 3-10,20`, a variable of nodes.conf, of the slots that this
+ * node lacks or does not serve.
  *
  * Main thread only.
  *
@@ -23,13 +23,14 @@
 #include "slotmig_job.h"
 #include "slot_rdb.h"
 
-#define VAR_ALONE "slotmig-alone"
-
 static slotSet lacking, unserved;
 static slotSet alone;           /* of `lacking`: those of which the master, as far as is known, has a copy */
 static uint64_t lacking_of;     /* the client of that master's stream, or of the last that began with a copy of everything */
+static mstime_t lacking_since;  /* of those that are not `alone`: the slot map may be older than that */
 static slotSet lacking_next;    /* what the master lacks of which everything is being copied; */
 static int copying;             /* it is */
+static int copying_aside;       /* into memory of its own: what is here stays until it is complete */
+static int started;
 int slotmig_unserved;           /* slots; a predictable branch for those who look up a slot */
 
 /* This node was promoted without the keys of these slots. */
@@ -65,40 +66,45 @@ void slotmigServeSlot(int slot) {
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 }
 
-/* Both, "3-10,20"; NULL: none. */
+static void addAll(slotSet *to, const slotSet *slots) {
+    for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) slotSetAdd(to,j);
+}
+
+/* All of them, "3-10,20"; NULL: none. */
 static sds lackingRanges(void) {
-    slotSet both = lacking;
-    for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1))
-        if (!slotSetHas(&both,j)) slotSetAdd(&both,j);
-    return both.count ? slotmigCommaRanges(&both) : NULL;
+    slotSet all = lacking;
+    addAll(&all,&unserved);
+    if (copying) addAll(&all,&lacking_next);    /* its file may be loaded after a restart */
+    return all.count ? slotmigCommaRanges(&all) : NULL;
 }
 
 sds slotmigSaveLacking(sds conf) {
     sds ranges = lackingRanges();
     if (ranges) conf = sdscatfmt(conf," " AUX_LACKING " %S",ranges);
     sdsfree(ranges);
-    if (alone.count) {
-        ranges = slotmigCommaRanges(&alone);
-        conf = sdscatfmt(conf," " VAR_ALONE " %S",ranges);
-        sdsfree(ranges);
-    }
     return conf;
 }
 
-/* Which of the two is decided when the slot map is complete: slotmigLackingStart(). */
+/* Which of them is decided when the slot map is complete: slotmigLackingStart(). */
 int slotmigLoadLacking(const char *name, const char *value) {
-    int is_alone = !strcasecmp(name,VAR_ALONE);
-    if (!is_alone && strcasecmp(name,AUX_LACKING)) return 0;
-    if (!slotmigParseRanges(value,is_alone ? &alone : &lacking))
-        serverLog(LL_WARNING,"nodes.conf: %s is not understood from some place on: %.100s",name,value);
+    if (strcasecmp(name,AUX_LACKING)) return 0;
+    if (!slotmigParseRanges(value,&lacking))
+        serverLog(LL_WARNING,"nodes.conf: slotmig-lacking is not understood from some place on: %.100s",value);
     return 1;
 }
 
-/* The first turn after a start. A replica may go on with what it had. */
+/* The first turn after a start. A replica is to copy everything, whatever the file that it has loaded is: it may be
+ * the copy that was to bring these slots, or one without them that leads to an offset behind the take-over. */
 void slotmigLackingStart(void) {
-    for (int j = slotSetNext(&alone,0); j != -1; j = slotSetNext(&alone,j+1))
-        if (!slotSetHas(&lacking,j)) slotSetRemove(&alone,j);
-    if (clusterNodeIsMaster(server.cluster->myself)) slotmigLackingPromoted();
+    started = 1;
+    if (clusterNodeIsMaster(server.cluster->myself)) {
+        slotmigLackingPromoted();
+    } else if (lacking.count) {
+        alone = lacking;
+        changeReplicationId();
+        clearReplicationId2();
+        replicationDiscardCachedMaster();
+    }
 }
 
 /* In an RDB for replicas: they lack what their master lacks. */
@@ -113,6 +119,9 @@ void slotmigLackingCopied(const char *value) {
     if (value == NULL) slotSetClear(&lacking_next);
     else if (!slotmigParseRanges(value,&lacking_next)) serverLog(LL_WARNING,"The master's RDB: " AUX_LACKING " is not understood: %.100s",value);
     copying = 1;
+    copying_aside = server.async_loading;
+    /* Before the first key: from the rename of the file on a restart would load it. */
+    if (value && clusterSaveConfig(1) == -1) serverLog(LL_WARNING,"Slot migration: cannot write that slots are not copied: %s",strerror(errno));
 }
 
 /* ms that this replica stands back in an election, besides what its rank tells: while it has no copy
@@ -123,47 +132,54 @@ static long long electionDelay(void) {
     return server.cluster_node_timeout + 1000LL*master->numslaves;
 }
 
-/* Called when an election is scheduled. */
-static char scheduled_for[CLUSTER_NAMELEN];     /* the master it is to replace */
 static long long stands_back;
 
+/* Called when an election is scheduled. */
 long long slotmigElectionDelay(void) {
-    memcpy(scheduled_for,server.cluster->myself->slaveof->name,CLUSTER_NAMELEN);
     return stands_back = electionDelay();
 }
 
-/* Each turn. The election that stands scheduled may be that of a failure before, which another replica
- * won, or from before this one lacked anything: it would come without standing back. */
+/* Each turn. While a replica that lacks slots has a master that has not failed no election is to stand, or it would be
+ * the next failure's, without standing back; nor one that is from before it lacked anything. An operator's does not
+ * wait for one that stood back. */
 static void scheduleElectionAnew(void) {
     clusterNode *master = server.cluster->myself->slaveof;
     long long delay = electionDelay();
-    if (delay == 0 || server.cluster->mf_end || server.cluster->failover_auth_sent || server.cluster->failover_auth_time <= mstime() ||
-        (delay <= stands_back && !memcmp(scheduled_for,master->name,CLUSTER_NAMELEN))) return;
+    int pending = server.cluster->failover_auth_time > mstime();
+    if (master == NULL || server.cluster->failover_auth_time == 0 || server.cluster->failover_auth_sent) return;
+    if (server.cluster->mf_end ? stands_back == 0 || !pending : delay == 0 || (nodeFailed(master) && delay <= stands_back)) return;
     server.cluster->failover_auth_time = 0;
     clusterDoBeforeSleep(CLUSTER_TODO_HANDLE_FAILOVER);
+}
+
+/* Of a slot that the master lacked: is it another shard's by now? Only who has heard the master's own claim since can say. */
+static int wentBack(int slot) {
+    clusterNode *owner = server.cluster->slots[slot], *myself = server.cluster->myself;
+    if (owner == NULL || (myself->slaveof && myself->slaveof->data_received <= lacking_since)) return 0;
+    return memcmp(owner->shard_id,myself->shard_id,CLUSTER_NAMELEN) != 0;
 }
 
 /* Each turn of the event loop. A copy of everything makes a new client: then the keys are here
  * that the master has. */
 void slotmigLackingTurn(void) {
+    if (!started) return;
     if (copying && server.master && server.master->id != lacking_of) {
         if (lacking.count || lacking_next.count) clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
         lacking = lacking_next;
         slotSetClear(&alone);
         lacking_of = server.master->id;
+        lacking_since = mstime();
         copying = 0;
     }
-    for (int j = slotSetNext(&lacking,0); j != -1; j = slotSetNext(&lacking,j+1)) {
-        clusterNode *owner = server.cluster->slots[j];
-        if (slotSetHas(&alone,j)) continue;
-        if (owner && !slotmigSameLineage(owner,server.cluster->myself->name)) slotmigServeSlot(j);    /* they went back */
-    }
+    for (int j = slotSetNext(&lacking,0); j != -1; j = slotSetNext(&lacking,j+1))
+        if (!slotSetHas(&alone,j) && wentBack(j)) slotmigServeSlot(j);
     for (int j = slotSetNext(&unserved,0); j != -1; j = slotSetNext(&unserved,j+1)) {
         clusterNode *owner = server.cluster->slots[j];
         if (owner == server.cluster->myself) continue;
         slotmigServeSlot(j);
         if (owner == NULL || !slotmigSameLineage(owner,server.cluster->myself->name)) continue;
         slotSetAdd(&lacking,j);     /* whoever replaced this node has what this one has */
+        lacking_since = mstime();
     }
     scheduleElectionAnew();
 }
@@ -174,7 +190,7 @@ void slotmigHaveSlots(const slotSet *slots) {
 
 /* A copy of everything ends here, in whatever way: what the master lacked of it, this node does. */
 static void endCopying(void) {
-    for (int j = slotSetNext(&lacking_next,0); copying && j != -1; j = slotSetNext(&lacking_next,j+1)) slotSetAdd(&lacking,j);
+    if (copying && !copying_aside) addAll(&lacking,&lacking_next);
     slotSetClear(&lacking_next);
     copying = 0;
 }
@@ -191,7 +207,8 @@ int slotmigRefuseFailover(client *c) {
     if (up == NULL) return 0;
     sds ranges = slotmigCommaRanges(&alone);
     addReplyErrorFormat(c,"this replica has no copy yet of the slots %.200s, which its master took over: wait until it has "
-        "(master_link_status:up in INFO replication), or promote another node of the shard, such as %.40s",ranges,up->name);
+        "(master_link_status:up in INFO replication), or promote another node of the shard, such as %.40s. If that one lacks "
+        "them, too, stop it first",ranges,up->name);
     sdsfree(ranges);
     return 1;
 }

@@ -205,7 +205,11 @@ void slotmigRelay(slotMigJob *job, slotMigWord word, int n, sds *args) {
     listIter li;
     listNode *ln;
     listRewind(replica_conns,&li);
-    while ((ln = listNext(&li)) != NULL) memcpy(((replicaConn*)listNodeValue(ln))->taking,job->id,SLOTMIG_ID_LEN);
+    while ((ln = listNext(&li)) != NULL) {
+        replicaConn *r = listNodeValue(ln);
+        client *c = lookupClientByID(r->client);
+        if (c && canFeedReplicaReplBuffer(c)) memcpy(r->taking,job->id,SLOTMIG_ID_LEN);     /* others copy what is here already */
+    }
 }
 
 static sds number(uint64_t n) {
@@ -564,11 +568,13 @@ static void followNode(clusterNode *n) {
 }
 
 /* A replica that hears of the failover by the old master's words alone, which is a replica itself now, stays
- * a replica of that: upstream looks only when some slot is claimed that it did not know of. */
+ * a replica of that: upstream looks only when some slot is claimed that it did not know of. But those words may
+ * be of before the failover that made that one the master. */
 static void leaveChain(void) {
     clusterNode *master = server.cluster->myself->slaveof, *theirs = master ? master->slaveof : NULL;
     if (__builtin_expect(theirs == NULL,1) || clusterNodeIsMaster(master) || !clusterNodeIsMaster(theirs) ||
-        theirs == server.cluster->myself || slotmigKeepsMaster(theirs)) return;
+        theirs == server.cluster->myself || theirs->numslots == 0 ||
+        (master->configEpoch > theirs->configEpoch && slotmigSameLineage(theirs,master->name)) || slotmigKeepsMaster(theirs)) return;
     serverLog(LL_NOTICE,"This node's master is a replica now. Reconfiguring myself as a replica of its master %.40s",theirs->name);
     followNode(theirs);
 }

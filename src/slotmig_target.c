@@ -1363,6 +1363,7 @@ void slotmigRaiseEpoch(void) {
 /* A node of the source's shard asks, so it may hold a claim above ours: what we took
  * and lost by it is ours again. */
 static void reclaim(slotMigJob *job) {
+    if (!clusterNodeIsMaster(server.cluster->myself)) return;
     for (int j = slotSetNext(&job->slots,0); j != -1; j = slotSetNext(&job->slots,j+1)) {
         clusterNode *owner = server.cluster->slots[j];
         if (owner == server.cluster->myself || owner == NULL || !slotmigSlotIsDefended(j,owner)) continue;

@@ -23,9 +23,7 @@ set ::held_by {
     trimming  trimming  done       source source_before_trim
 }
 
-# Until it is the master: who has voted for one of its shard may refuse for a while. And upstream's
-# counts the votes of its last election once more when it comes soon after that: such a master has
-# no new epoch, and is none in a moment.
+# Until it is the master: who has voted for one of its shard may refuse for a while.
 proc fail_over {n kind} {
     set mate [shard_mate $n]
     set over {[status [Rn $n] role] eq "master" && [status [Rn $mate] role] eq "slave"}
@@ -102,6 +100,24 @@ proc run_row {kind side phase} {
 
 start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow-replica-migration no}} {
     wait_replicas_up
+
+    # Upstream counts the votes of the last election once more: such a master has no new epoch and is
+    # none in a moment, what it acknowledged meanwhile is lost.
+    test "A manual failover soon after another one is an election of its own" {
+        foreach n {3 0} {
+            assert_equal OK [R $n cluster failover]
+            wait_promoted $n
+            set mate [shard_mate $n]
+            wait_for_condition 1000 10 {[status [Rn $mate] master_link_status] eq "up" && [llength [R $n cluster replicas [node_id $n]]] == 1} else {
+                fail "node $mate: [R $mate info replication]"
+            }
+        }
+        set begun [count_log_message -3 "Start of election delayed"]
+        assert_equal OK [R 3 cluster failover]
+        wait_for_condition 1000 10 {[count_log_message -3 "Start of election delayed"] > $begun} else {fail "no election"}
+        assert_morethan_equal [count_log_message -3 "Starting a failover election for epoch"] [count_log_message -3 "Failover election won"]
+    }
+
     set turn 0
     foreach {side phase} {
         source waiting

@@ -155,6 +155,41 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         assert_equal $synced [full_syncs $other]
     }
 
+    test "Its link breaks while its stream waits: it copies everything anew, and serves no slot without its keys" {
+        lassign [fill_owner] owner other
+        set replica [expr {$other+3}]
+        set synced [full_syncs $other]
+        failpoint $replica target_replica_prepared pause
+        set id [migrate_with $owner $other WAITREPLICAS 0]
+        wait_migrated $owner $other $id
+        wait_for_condition 1000 10 {[status [Rn $replica] blocked_clients] == 1} else {fail [R $replica info clients]}
+        R $other client kill type replica
+        wait_for_condition 1000 10 {[full_syncs $other] == $synced+1} else {fail "no full synchronization"}
+        failpoint $replica target_replica_prepared off
+        R $other set [key_in 5 after] yes
+        assert_same_as_replica $owner
+        assert_same_as_replica $other
+    }
+
+    test "More than four buffer limits of its stream wait: it copies everything anew" {
+        lassign [fill_owner] owner other
+        set replica [expr {$other+3}]
+        set synced [full_syncs $other]
+        failpoint $replica target_replica_prepared pause
+        set limit [lindex [R $replica config get cluster-slot-migration-buffer-limit] 1]
+        R $replica config set cluster-slot-migration-buffer-limit 1mb
+        set id [migrate_with $owner $other WAITREPLICAS 0]
+        wait_migrated $owner $other $id
+        wait_for_condition 1000 10 {[status [Rn $replica] blocked_clients] == 1} else {fail [R $replica info clients]}
+        R $other set [key_in 5 large] [string repeat x [expr {5*1024*1024}]]
+        wait_for_condition 1000 10 {[full_syncs $other] == $synced+1} else {fail "no full synchronization"}
+        assert_match "*too much of its stream waits*" [job_field $replica $id last-error]
+        R $replica config set cluster-slot-migration-buffer-limit $limit
+        failpoint $replica target_replica_prepared off
+        assert_same_as_replica $owner
+        assert_same_as_replica $other
+    }
+
     test "A replica that is not prepared within repl-timeout copies everything anew" {
         lassign [fill_owner] owner other
         set replica [expr {$other+3}]
@@ -187,6 +222,8 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         wait_job_state $other $id done
         wait_job_state $owner $id done
         R $other config set repl-diskless-sync-delay 0
+        # It counts for the next job, too: it was not told of the take-over and has nothing to answer.
+        foreach {from to} [list $other $owner $owner $other] {wait_migrated $from $to [migrate $from $to 3 10]}
         assert_same_as_replica $owner
         assert_same_as_replica $other
     }

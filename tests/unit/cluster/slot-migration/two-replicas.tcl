@@ -323,6 +323,25 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         assert_ended [expr {$to%3}] $before
     }
 
+    test "With WAITREPLICAS 0 such a replica copies everything at the end, once" {
+        lassign [begin] from to
+        set before [slots_dump $from $::slots]
+        lassign [replicas_of [expr {$to%3}]] new other
+        set id [start_job $from $to hold waitreplicas 0]
+        wait_job_state $from $id streaming
+        foreach n [list $new $other] {wait_job_state $n $id following}
+        assert_equal OK [R $new cluster failover]
+        wait_for_condition 3000 10 {[status [Rn $new] role] eq "master" && [status [Rn $to] master_link_status] eq "up"} else {fail [R $to info replication]}
+        wait_job_state $new $id following
+        wait_for_condition 1000 10 {[count_log_message -$new "replica [lindex $::ids $to] does not have it"] > 0} else {fail [job $new $id]}
+        set synced [status [Rn $new] sync_full]
+        R $from cluster alter-slot-migration id $id release
+        foreach n [list $from $new $other] {wait_job_state $n $id done}
+        wait_for_condition 1000 10 {[status [Rn $new] sync_full] == $synced+1} else {fail "no full synchronization"}
+        assert_ended [expr {$to%3}] $before
+        assert_equal $synced [expr {[status [Rn $new] sync_full] - 1}]
+    }
+
     # Upstream's, and not of a migration; but a replica that lacks slots copies everything more often.
     test "A replica gets another master while it loads what came by the RDB channel" {
         begin
