@@ -221,6 +221,10 @@ class Values(Test):
         self.op("get", "reg:c1")
         self.assertFinds()
 
+    def test_replaced_file_is_no_other_kind(self):
+        self.assertEqual("file nodes.conf", cluster.kind_of_file("/d/nodes.conf"))
+        self.assertEqual("file nodes.conf", cluster.kind_of_file("/d/nodes.conf (deleted)"))
+
     def test_lost_from_a_list(self):
         self.op("rpush", "rpush:c0", "c0:1", 1)
         self.op("rpush", "rpush:c0", "c0:2", 2)

@@ -99,6 +99,8 @@ def socket_ends():
 
 
 def kind_of_file(to):
+    """Whatever its name is by now: nodes.conf, which is kept open as a lock, is replaced by each change."""
+    to = re.sub(r" \(deleted\)$", "", to)
     if to.startswith("/") and not to.startswith("/dev/"):
         return "file " + re.sub(r"\d+", "N", os.path.basename(to))
     return re.sub(r":\[\d+\]", "", to)
