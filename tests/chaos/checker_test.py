@@ -432,8 +432,8 @@ class Owners(Test):
 class Failovers(Test):
     """Node 3 replaced node 0, which answered until it knew: from 95 to 103 that may be lost, of node 0 only."""
 
-    def lost(self, at, node=0):
-        self.op("rpush", "rpush:c0", "c0:1", 1, node=node, at=at, lasts=0.1)
+    def lost(self, at, node=0, lasts=0.1):
+        self.op("rpush", "rpush:c0", "c0:1", 1, node=node, at=at, lasts=lasts)
 
     def test_excused(self):
         self.replaced()
@@ -443,6 +443,11 @@ class Failovers(Test):
     def test_excused_after_it(self):
         self.replaced()
         self.lost(102.0)
+        self.assertExcused("lost: node 3 replaced it")
+
+    def test_answer_read_late(self):
+        self.replaced()
+        self.lost(102.9, lasts=0.5)
         self.assertExcused("lost: node 3 replaced it")
 
     def test_before(self):

@@ -94,20 +94,24 @@ class Excuses:
                 self.crashes.append({"node": move.target.index, "until": promoted_at, "slots": set(move.slots),
                                      "since": 0, "arrived": set()})
 
-    def of(self, node, when, key):
-        """Why the loss of what was acknowledged is not a migration's, or None."""
+    def of(self, o):
+        """Why the loss of what was acknowledged is not a migration's, or None. It was done at some moment between its
+        beginning and its end, which on a busy machine is long after the server's answer."""
+        return self.of_time(o.node, o.began, o.ended, o.key)
+
+    def of_time(self, node, began, ended, key):
         for old, begin, until, why in self.windows:
-            if old == node and begin <= when <= until:
+            if old == node and begin <= ended and began <= until:
                 return why
         slot = slot_of(key)
         for crash in self.crashes:
-            if slot in crash["slots"] and when <= crash["until"] and (when >= crash["since"] or slot in crash["arrived"]):
+            if slot in crash["slots"] and began <= crash["until"] and (ended >= crash["since"] or slot in crash["arrived"]):
                 return "node %d lost its data" % crash["node"]
         return None
 
     def among(self, operations, before):
         """Those of the acknowledged ones that may have been lost, of all that had ended by then."""
-        return [o for o in operations if o.ended <= before and self.of(o.node, o.ended, o.key)]
+        return [o for o in operations if o.ended <= before and self.of(o)]
 
 
 def reached(crash, cluster, monitors):
@@ -214,7 +218,7 @@ class Checker:
         self.violations.append((kind, text))
 
     def lost(self, kind, o, text):
-        why = self.excuses.of(o.node, o.ended, o.key)
+        why = self.excuses.of(o)
         if why:
             self.excused["%s: %s" % (kind, why)] += 1
         else:
@@ -281,7 +285,7 @@ class Checker:
 
     def stale(self, read, before, missing, text):
         """It lacks so many of the acknowledged writes before it: by itself, or because they were lost."""
-        if self.excuses.of(read.node, read.ended, read.key) or len(self.excuses.among(before, read.ended)) >= missing:
+        if self.excuses.of(read) or len(self.excuses.among(before, read.ended)) >= missing:
             self.excused["stale read"] += 1
         else:
             self.violation("stale read", "%s: %s" % (text, read))
@@ -320,7 +324,7 @@ class Checker:
                 self.lost("lost", o, "%s is %d" % (key, final))
         missing = len(acknowledged) - final
         if missing > 0:
-            excusable = [o for o in acknowledged if self.excuses.of(o.node, o.ended, key)]
+            excusable = [o for o in acknowledged if self.excuses.of(o)]
             if missing > len(excusable):
                 self.violation("lost", "%s is %d, %d were acknowledged (%d of them excusable), the last: %s" % (
                     key, final, len(acknowledged), len(excusable), acknowledged[-1]))
@@ -376,7 +380,7 @@ class Checker:
         after = [o for o in writes[(older[-1] + 1 if older else 0):] if o.outcome == "ok"]
         if read:
             self.stale(read, after, len(after), "%s is %s" % (key, value))
-        elif all(self.excuses.of(o.node, o.ended, key) for o in after):
+        elif all(self.excuses.of(o) for o in after):
             self.excused["older value"] += 1
         else:
             kind = "lost" if not older else "resurrected" if after and after[-1].what == "del" else "stale"
@@ -398,7 +402,7 @@ class Checker:
             allowed = collections.Counter((m.source.shard, m.target.shard) for m in moves if slot in m.slots and m.was_done)
             if len(self.chain(some, shard_of)) - 1 <= sum(allowed.values()):
                 continue
-            chain = self.chain([o for o in some if not self.excuses.of(o.node, o.ended, o.key)], shard_of)
+            chain = self.chain([o for o in some if not self.excuses.of(o)], shard_of)
             if len(chain) - 1 <= sum(allowed.values()):
                 self.excused["served by two shards"] += 1
                 continue

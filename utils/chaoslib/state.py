@@ -45,7 +45,7 @@ def check_fixed(cluster, tags, filled, excuses, violation, excused):
         for slot, reply in zip(slots, replies):
             if reply == fixed_value(slot):
                 continue
-            why = excuses.of(None, filled, fixed_key(tags, slot))
+            why = excuses.of_time(None, filled, filled, fixed_key(tags, slot))
             if why and reply is None:
                 excused["fixed data: " + why] += 1
             else:
