@@ -14,6 +14,7 @@ import signal
 import time
 
 from chaoslib.cluster import TROUBLE, now, ranges_to_slots
+from chaoslib.resp import Unknown
 from chaoslib.schedule import ANY_FORK, CRASH_POINTS, FAIL_POINTS, PAUSE_POINTS, SETTINGS
 
 
@@ -69,14 +70,18 @@ class Nemesis:
             return
         self.count(name)
         if undo:
-            self.plan(now() + event["length"], lambda _: self.finish(name, undo), event)
+            self.plan(now() + event["length"], lambda event: self.finish(name, undo, event), event)
 
-    def finish(self, name, undo):
+    def finish(self, name, undo, event):
+        """A node that does not answer is asked again soon: forks that fail for long end it. No `event`: when all is over."""
         self.log("nemesis %s: over" % name)
         try:
             undo()
         except TROUBLE as error:
-            self.left.append((name, undo))
+            if event:
+                self.plan(now() + 1, lambda event: self.finish(name, undo, event), event)
+            else:
+                self.left.append((name, undo))
             self.log("nemesis %s: not undone yet: %s" % (name, error))
 
     def count(self, name):
@@ -86,7 +91,7 @@ class Nemesis:
         while self.agenda:
             _, _, call, event = heapq.heappop(self.agenda)
             if call != self.begin:
-                call(event)
+                call(None)
 
     def heal(self):
         """Undo what is under way, then make sure."""
@@ -107,7 +112,7 @@ class Nemesis:
             self.settle(node)
         left, self.left = self.left, []
         for name, undo in left:
-            self.finish(name, undo)
+            self.finish(name, undo, None)
 
     def settle(self, node):
         points = sorted({ANY_FORK, *PAUSE_POINTS, *FAIL_POINTS, *CRASH_POINTS} - set(node.fail_points))
@@ -497,7 +502,9 @@ class Nemesis:
         self.say(event, "%s, %s" % (node, what))
 
         def undo():
-            if node.alive() and not node.stopped:
+            if node.stopped:
+                raise Unknown("it stands still")
+            if node.alive():
                 node.fail_point(ANY_FORK, "off")
             as_before()
             node.try_call("BGSAVE")     # one that succeeds lets it write again
