@@ -11,6 +11,7 @@ import heapq
 import json
 import os
 import signal
+import subprocess
 import time
 
 from chaoslib.cluster import TROUBLE, now, ranges_to_slots
@@ -372,7 +373,10 @@ class Nemesis:
                 try:
                     node.fail_point(point, "off")
                 except TROUBLE:
-                    pass
+                    try:
+                        node.process.wait(1)        # it comes there at this moment
+                    except subprocess.TimeoutExpired:
+                        pass                        # it stands still
                 node.expected_dead = node.process.poll() is not None
             if node.process.poll() is not None:
                 self.log("nemesis crash-at: %s died at %s" % (node, point))
