@@ -116,7 +116,8 @@ proc wait_ended {from to id} {
     wait_job_ended $to $id
 }
 
-start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless-sync-delay 0}} {
+# No replica leaves its shard for one that has lost its own.
+start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless-sync-delay 0 cluster-migration-barrier 10}} {
     foreach wait {0 1 2} {
         test "Of two replicas of the target $wait must have the slots: WAITREPLICAS, with one that does not prepare" {
             lassign [begin] from to
