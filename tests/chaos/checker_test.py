@@ -445,6 +445,12 @@ class Failovers(Test):
         self.lost(102.0)
         self.assertExcused("lost: node 3 replaced it")
 
+    def test_restarted_with_an_old_file_before_it_was_replaced(self):
+        self.replaced()
+        self.monitors[0] = monitor((50, "master", 500), (95, "master", 950), (99.5, "master", 400), (103, "slave", 950))
+        self.lost(98.0)
+        self.assertExcused("lost: node 3 replaced it")
+
     def test_answer_read_late(self):
         self.replaced()
         self.lost(102.9, lasts=0.5)

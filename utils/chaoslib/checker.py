@@ -65,18 +65,21 @@ class Excuses:
                     confirmed = None
                     for old in nodes:
                         if old is not node:
-                            window = self.window_of(old, monitors[old.index].samples, promoted_at, offset)
+                            window = self.window_of(monitors[old.index].samples, monitors[node.index].samples, promoted_at, offset)
                             if window:
                                 self.windows.append((old.index,) + window + ("%s replaced it" % node,))
                                 confirmed = window[0]
                     self.unprotected(moves, node.shard, confirmed or promoted_at, promoted_at)
 
-    def window_of(self, old, samples, promoted_at, offset):
-        """In which `old` may have acknowledged what its successor, at `offset`, did not get."""
+    def window_of(self, samples, successors, promoted_at, offset):
+        """In which the old master may have acknowledged what its successor, at `offset`, did not get. A master that
+        is behind its replica was restarted with an old file: what it has then the other did not get from it."""
         confirmed, until = 0, None
+        seen = [s[1] for s in successors]
         for asked, answered, _, role, its_offset in samples:
             if role == "master" and answered < promoted_at + 60 and until is None:
-                if its_offset <= offset and asked < promoted_at:
+                before = bisect.bisect_right(seen, asked)
+                if its_offset <= offset and asked < promoted_at and (not before or successors[before-1][4] <= its_offset):
                     confirmed = asked
             if role == "slave" and asked > promoted_at and until is None:
                 until = answered
