@@ -30,7 +30,7 @@ static mstime_t lacking_since;  /* of those that are not `alone`: the slot map m
 static slotSet lacking_next;    /* what the master lacks of which everything is being copied; */
 static int copying;             /* it is */
 static int copying_aside;       /* into memory of its own: what is here stays until it is complete */
-static int started;
+static int started;             /* the slot map is complete */
 int slotmig_unserved;           /* slots; a predictable branch for those who look up a slot */
 
 /* This node was promoted without the keys of these slots. */
@@ -120,7 +120,7 @@ void slotmigLackingCopied(const char *value) {
     else if (!slotmigParseRanges(value,&lacking_next)) serverLog(LL_WARNING,"The master's RDB: " AUX_LACKING " is not understood: %.100s",value);
     copying = 1;
     copying_aside = server.async_loading;
-    /* Before the first key: from the rename of the file on a restart would load it. */
+    /* Before the first key: once the file is renamed, a restart loads it. */
     if (value && clusterSaveConfig(1) == -1) serverLog(LL_WARNING,"Slot migration: cannot write that slots are not copied: %s",strerror(errno));
 }
 

@@ -328,6 +328,7 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         lassign [begin] from to
         set before [slots_dump $from $::slots]
         lassign [replicas_of [expr {$to%3}]] new other
+        set told [count_log_message -$to "the master's other replicas have it"]
         set id [start_job $from $to hold waitreplicas 0]
         wait_job_state $from $id streaming
         foreach n [list $new $other] {wait_job_state $n $id following}
@@ -341,6 +342,8 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         wait_for_condition 1000 10 {[status [Rn $new] sync_full] == $synced+1} else {fail "no full synchronization"}
         assert_ended [expr {$to%3}] $before
         assert_equal $synced [expr {[status [Rn $new] sync_full] - 1}]
+        # Not by COPY in the middle, which is when others are wanted and suffice.
+        assert_equal $told [count_log_message -$to "the master's other replicas have it"]
     }
 
     # Upstream's, and not of a migration; but a replica that lacks slots copies everything more often.
