@@ -111,6 +111,12 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow
             wait_for_condition 1000 10 {[status [Rn $mate] master_link_status] eq "up" && [llength [R $n cluster replicas [node_id $n]]] == 1} else {
                 fail "node $mate: [R $mate info replication]"
             }
+            # Who still takes it for a master does not vote for it.
+            foreach voter {1 2 4 5} {
+                wait_for_condition 1000 10 {[llength [R $voter cluster replicas [node_id $n]]] == 1} else {
+                    fail "node $voter has not heard: [R $voter cluster nodes]"
+                }
+            }
         }
         set begun [count_log_message -3 "Start of election delayed"]
         assert_equal OK [R 3 cluster failover]
