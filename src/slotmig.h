@@ -93,7 +93,7 @@ void slotmigClusterReset(void);
 char *slotmigSaveVars(char *conf);                   /* sds in, sds out: our variables for nodes.conf */
 int slotmigLoadVar(const char *name, const char *value); /* 1: it was ours */
 void slotmigSlotIsOurs(int slot);
-void slotmigPromoted(void);                          /* this replica became the master, the slots are in its map */
+void slotmigPromoted(struct _clusterNode *old);      /* this replica became the master, the slots are in its map */
 int slotmigDefends(int slot, struct _clusterNode *claimant, uint64_t epoch); /* 1: the slot stays ours */
 void slotmigHeardEpoch(struct _clusterNode *sender, uint64_t current_epoch); /* every message of a known node */
 int slotmigDropsGivenSlot(int slot);                 /* 1: its keys were an old file's, they are gone now */

@@ -622,7 +622,8 @@ static void promotedJob(slotMigJob *job, void *arg) {
     if (job->role == SLOTMIG_TARGET) slotmigTargetPromoted(job);
 }
 
-void slotmigPromoted(void) {
+void slotmigPromoted(clusterNode *old) {
+    slotmigReplaced(old);
     slotmigGivenPromoted();
     slotmigLackingPromoted();
     slotmigEachJob(promotedJob,NULL);

@@ -579,8 +579,31 @@ static void leaveChain(void) {
     followNode(theirs);
 }
 
+/* A master whose last slot was given away is told of its successor by no claim. If others come to it
+ * it goes on, and has them in the end, with a later epoch: two masters in a shard, one of them without slots.
+ * That one, the node that replaced it, goes back. Not known after a restart. */
+static char replaced[CLUSTER_NAMELEN];
+
+void slotmigReplaced(const clusterNode *old) {
+    memcpy(replaced,old->name,CLUSTER_NAMELEN);
+}
+
+static void goBack(void) {
+    if (__builtin_expect(replaced[0] == '\0',1)) return;
+    clusterNode *myself = server.cluster->myself, *old = clusterLookupNode(replaced,CLUSTER_NAMELEN);
+    if (old == NULL || !clusterNodeIsMaster(old) || !clusterNodeIsMaster(myself)) {  /* it follows, as it should; or a reset */
+        replaced[0] = '\0';
+        return;
+    }
+    if (myself->numslots || old->numslots == 0 || nodeFailed(old) || old->configEpoch <= myself->configEpoch ||
+        !slotmigSameLineage(old,myself->name) || slotmigActive() || slotmigAnyRecord()) return;
+    serverLog(LL_NOTICE,"This node took the place of %.40s, which has slots since, and this one has none. Reconfiguring myself as its replica",old->name);
+    followNode(old);
+}
+
 void slotmigFollowSlots(void) {
     leaveChain();
+    goBack();
     if (follow[0] == '\0') return;
     clusterNode *myself = server.cluster->myself, *target = clusterLookupNode(follow,CLUSTER_NAMELEN);
     follow[0] = '\0';

@@ -189,6 +189,44 @@ start_cluster 3 3 {tags {external:skip cluster}} {
     }
 }
 
+# A shard without slots of its own to claim: nobody is told by a claim that it was replaced.
+foreach {::sleeps ::what} {0 "is there" 1 "sleeps"} {
+    start_cluster 3 3 {tags {external:skip cluster} overrides {save ""}} {
+        test "A replica takes over from a master that gave its last slot away and has others coming, which $::what: one has them, the other follows" {
+            begin
+            R 2 set [key_in 10923 x] 1
+            failpoint 2 source_before_commit pause
+            failpoint 0 source_before_trim pause
+            set in [R 2 cluster migrate-slots slotsrange 10923 10930 node [node_id 0] hold]
+            foreach n {0 3} {wait_job_state $n $in following}
+            set out [migrate 0 1 0 5461]
+            wait_job_state 0 $out trimming
+            wait_for_condition 1000 10 {[owner_seen_by 3 100] == 1} else {fail [R 3 cluster nodes]}
+            R 2 cluster alter-slot-migration id $in release
+            wait_job_state 0 $in prepared
+            assert_equal [node_port 0] [status [Rn 3] master_port]
+            assert_equal OK [R 3 cluster failover takeover]
+            if {$::sleeps} {exec kill -STOP [node_pid 0]}
+            failpoint 2 source_before_commit off
+            if {$::sleeps} {
+                wait_for_condition 1000 10 {[regexp "[lindex $::ids 0]\[^\\n\]*master,fail " [R 2 cluster nodes]]} else {fail [R 2 cluster nodes]}
+                exec kill -CONT [node_pid 0]
+            }
+            failpoint 0 source_before_trim off
+            foreach n {0 1 2 3} {
+                wait_for_condition 2000 10 {[jobs_running $n] == 0} else {fail "node $n goes on: [R $n cluster slot-migrations]"}
+            }
+            wait_for_condition 3000 10 {[lsort [list [status [Rn 0] role] [status [Rn 3] role]]] eq {master slave}} else {fail [R 0 cluster nodes]}
+            wait_up
+            set owner [master_of_shard 0]
+            assert_equal [node_port $owner] [status [Rn [expr {3-$owner}]] master_port]
+            foreach n {0 1 2 3} {wait_for_condition 1000 10 {[owner_seen_by $n 10923] == $owner} else {fail "node $n: [R $n cluster nodes]"}}
+            assert_equal 1 [R $owner get [key_in 10923 x]]
+            wait_cluster_agrees
+        }
+    }
+}
+
 start_cluster 3 3 {tags {external:skip cluster}} {
     test "The source's whole shard dies before the commit: the prepared target takes over when the operator says so" {
         set before [begin]
