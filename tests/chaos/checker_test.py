@@ -737,15 +737,38 @@ class Nodes(Test):
         self.assertEqual(1, len(self.found))
         self.assertEqual(1, sum(self.excused.values()))
 
+    def deaths(self, no_fork=()):
+        state.check_deaths(self.cluster, set(no_fork), self.violation, self.excused)
+
+    def gave_up(self, no_fork):
+        self.cluster.nodes[2].died.append((50.0, 1))
+        with open(self.cluster.nodes[2].log, "w") as f:
+            f.write("7:S 01 Jan 2026 00:00:00.000 # FATAL: AOF can't be turned on. Exiting now.\n")
+        self.deaths(no_fork)
+
+    def test_gave_its_aof_up(self):
+        self.gave_up(no_fork={2})
+        self.assertEqual([], self.found)
+        self.assertEqual(1, sum(self.excused.values()))
+
+    def test_gave_its_aof_up_without_cause(self):
+        self.gave_up(no_fork={1})
+        self.assertEqual(["died"], self.kinds())
+
+    def test_died_though_it_once_gave_its_aof_up(self):
+        self.cluster.nodes[2].died.append((40.0, 1))
+        self.gave_up(no_fork={2})
+        self.assertEqual(["died"], self.kinds())
+
     def test_died(self):
         self.cluster.nodes[2].died.append((50.0, -11))
-        state.check_deaths(self.cluster, self.violation)
+        self.deaths()
         self.assertEqual(["died"], self.kinds())
 
     def test_crashed(self):
         with open(self.cluster.nodes[2].log, "w") as f:
             f.write("7:M 01 Jan 2026 00:00:00.000 # === ASSERTION FAILED ===\n")
-        state.check_deaths(self.cluster, self.violation)
+        self.deaths()
         self.assertEqual(["crashed"], self.kinds())
 
 

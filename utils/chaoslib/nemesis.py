@@ -28,6 +28,7 @@ class Nemesis:
         self.cluster, self.proxy = cluster, cluster.proxy
         self.persistence, self.timeout, self.log, self.violation = persistence, timeout, log, violation
         self.crashes = []       # a master that came back without its data or with old data
+        self.no_fork = set()    # nodes whose forks failed for a while
         self.cut_off = collections.Counter()    # nodes whose bus is held
         self.done = {}
         self.settings = {}      # (node, name): as it was before all events, which may overlap
@@ -493,6 +494,7 @@ class Nemesis:
         node, replica, what = self.node(event), None, ""
         if event["a"] < 0.4 and self.cluster.replicas:
             node, replica = self.master(event["shard"]), self.replica(event["shard"])
+        self.no_fork.add(node.index)
         node.fail_point(ANY_FORK, "fail")
         as_before = self.set(node, "cluster-slot-migration-snapshot", "fork" if event["b"] < 0.5 else "auto")
         if replica:
