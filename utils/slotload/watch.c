@@ -7,6 +7,10 @@
  *            loop was away. The percentiles also count the PINGs that were left out
  *            meanwhile. How late this program itself was in sending is reported as its
  *            lag: where that is large, the machine and not the nodes was measured.
+ *            stall_own_us is the longest without the time in which the node's main thread
+ *            was ready and waited for a processor (schedstat's second number): on few
+ *            cores with many nodes that is most of a stall. This program takes the
+ *            highest priority that it can get, so that its own waiting is not in it.
  *   cpu      Of every thread, by name, from /proc/PID/task/TID/schedstat (nanoseconds;
  *            without it, stat's ticks). "main" is the thread that serves the clients,
  *            "children" the processes that it has forked and that have ended.
@@ -26,6 +30,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <netdb.h>
 #include <time.h>
@@ -47,6 +52,7 @@ typedef struct watchPhase {
     int64_t began, lasted;
     struct hdr_histogram *ping[MAX_WATCHED], *lag;
     int64_t cpu[MAX_WATCHED][MAX_NAMES];        /* Microseconds. */
+    int64_t own[MAX_WATCHED];                   /* Longest stall, less the wait for a processor. */
     int64_t firstKb[MAX_WATCHED], lastKb[MAX_WATCHED], peakKb[MAX_WATCHED];
     int64_t firstAllKb, lastAllKb, peakAllKb;   /* Of all nodes together. */
     int64_t wire;
@@ -59,7 +65,9 @@ typedef struct watchThread {
 
 typedef struct watchState {
     int fd;                     /* -1: not connected. */
+    int schedFd;                /* The main thread's schedstat; -1: there is none. */
     int64_t sent;               /* Of the PING without an answer, 0: none. */
+    int64_t waitedAtSent;       /* By the main thread, for a processor, so far; microseconds. */
     int answered;               /* Bytes of the answer that are there. */
     int64_t nextPing, retryAt;
     int64_t worst;              /* Since the last sample. */
@@ -118,6 +126,16 @@ static int64_t threadCpu(int pid, int tid) {
     snprintf(path, sizeof(path), "/proc/%d/task/%d/stat", pid, tid);
     if (!readFile(path, text, sizeof(text))) return -1;
     return ticksUs(statField(text, 14) + statField(text, 15));
+}
+
+/* How long the main thread has waited for a processor so far, microseconds. */
+static int64_t waitedForProcessor(const watchState *s) {
+    char text[96];
+    long long ns;
+    ssize_t n = s->schedFd == -1 ? 0 : pread(s->schedFd, text, sizeof(text)-1, 0);
+    if (n <= 0) return 0;
+    text[n] = '\0';
+    return sscanf(text, "%*s %lld", &ns) == 1 ? ns/1000 : 0;
 }
 
 static int nameIndex(watchState *s, const char *name) {
@@ -344,6 +362,7 @@ static void ping(int n, int64_t now) {
     int64_t late = now - s->nextPing;
 
     hdr_record_value(phases[current].lag, late < 1 ? 1 : late > LONGEST_US ? LONGEST_US : late);
+    s->waitedAtSent = waitedForProcessor(s);
     s->sent = nowUs();
     s->answered = 0;
     s->nextPing = now + PING_US;
@@ -368,6 +387,10 @@ static void answer(int n) {
     if (took > LONGEST_US) took = LONGEST_US;
     hdr_record_corrected_value(phases[current].ping[n], took, PING_US);
     if (took > s->worst) s->worst = took;
+    if (took > phases[current].own[n]) {
+        int64_t own = took - (waitedForProcessor(s) - s->waitedAtSent);
+        if (own > phases[current].own[n]) phases[current].own[n] = own;
+    }
     s->sent = 0;
     if (s->nextPing < now) s->nextPing = now; /* Those left out are counted above. */
 }
@@ -393,6 +416,7 @@ static void reportWatch(void) {
             reportInteger("p99_us", hdr_value_at_percentile(h, 99));
             reportInteger("p999_us", hdr_value_at_percentile(h, 99.9));
             reportInteger("stall_us", h->total_count ? hdr_max(h) : 0);
+            reportInteger("stall_own_us", p->own[n]);
             reportInteger("first_kb", p->firstKb[n]);
             reportInteger("last_kb", p->lastKb[n]);
             reportInteger("peak_kb", p->peakKb[n]);
@@ -417,8 +441,12 @@ int commandWatch(void) {
     if (opt.timeline && !(timeline = fopen(opt.timeline, "w"))) die("cannot write %s", opt.timeline);
     signal(SIGINT, onSignal);
     signal(SIGTERM, onSignal);
+    for (int most = -20; most < 0 && setpriority(PRIO_PROCESS, 0, most) == -1; most += 5) continue;
     enterPhase(opt.firstPhase, now);
     for (int n = 0; n < opt.watchedCount; n++) {
+        char path[64];
+        snprintf(path, sizeof(path), "/proc/%d/task/%d/schedstat", opt.watched[n].pid, opt.watched[n].pid);
+        nodes[n].schedFd = open(path, O_RDONLY|O_CLOEXEC);
         nodes[n].fd = -1;
         connectTo(n, now);
         if (nodes[n].fd == -1) die("watch: cannot connect to %s at port %d", opt.watched[n].name, opt.watched[n].port);
