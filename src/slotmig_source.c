@@ -1815,7 +1815,7 @@ static void takeBack(slotMigJob *job, const char *why, int go_on) {
         slotmigFail(job,SLOTMIG_FAILED,sdscatprintf(sdsempty(),"the target did not take over: %s",why));
     }
     /* As after a hand-off that took the last slots, see trimStep(). */
-    if (clusterNodeIsMaster(myself) && myself->numslots == 0 && owner && !slotmigSourceInDoubt() && server.cluster_allow_replica_migration)
+    if (clusterNodeIsMaster(myself) && myself->numslots == 0 && owner && !slotmigTakes() && !slotmigSourceInDoubt() && server.cluster_allow_replica_migration)
         slotmigFollow(owner);
     unblockPostponedClients();
 }

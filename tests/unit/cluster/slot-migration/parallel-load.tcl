@@ -417,6 +417,24 @@ foreach ::sums {yes no} {
             }
         }
 
+        # Upstream's reader forgot what it looks for doubles with: AddressSanitizer tells at the end.
+        test "A hash with a field twice, behind one that is too long for a listpack, is refused and leaves nothing behind (checksum $::sums)" {
+            R 0 flushall
+            set key [key_in 5 hash]
+            R 0 hset $key field1 [string repeat v 100] field2 [string repeat w 100]
+            R 0 hexpire $key 100000 fields 1 field1
+            set value [string map {field2 field1} [R 0 dump $key]]
+            R 0 del $key
+            set sanitizes [lindex [R 0 config get sanitize-dump-payload] 1]
+            R 0 config set sanitize-dump-payload yes
+            R 0 debug set-skip-checksum-validation 1
+            assert_error "*Bad data format*" {R 0 restore $key 0 $value}
+            R 0 debug set-skip-checksum-validation 0
+            R 0 config set sanitize-dump-payload $sanitizes
+            assert_equal 1 [count_log_message -0 "Duplicate hash fields detected"]
+            assert_equal 0 [R 0 exists $key]
+        }
+
         test "A file that is cut off at any byte is not loaded (checksum $::sums)" {
             R 0 flushall
             fill_few 0
