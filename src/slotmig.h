@@ -63,7 +63,7 @@ int slotmigDebug(struct client *c);     /* the same, of a DEBUG subcommand */
 /* ---- slots that the saver's thread reads right now (slotmig_saver.c) ---- */
 extern int slotmig_frozen;
 #define slotmigFrozen() (__builtin_expect(__atomic_load_n(&slotmig_frozen,__ATOMIC_RELAXED) != 0, 0))
-void slotmigTouched(struct _kvstore *kvs, int slot);    /* somebody wants its dict: waits if it must */
+__attribute__((noinline,cold)) void slotmigTouched(struct _kvstore *kvs, int slot); /* somebody wants its dict: waits if it must */
 void slotmigThaw(void);                                 /* waits until nothing is frozen */
 int slotmigCronWaits(void);                             /* 1: not now, it will be called */
 int slotmigInSaver(void);                               /* any thread: does this one save for a migration? */
@@ -72,17 +72,21 @@ void slotmigFreezeTurn(void);                           /* at the end of each tu
 /* ---- the source: feed, fence, closed slots ---- */
 int slotmigFeeds(void);                              /* does a job follow the writes? */
 void slotmigFeed(struct redisOpArray *ops);          /* one execution unit, about to be propagated */
-int slotmigMustWait(struct client *c, int may_replicate); /* is this command behind a fence? */
+int slotmigMakesWait(struct client *c, int may_replicate);
+#define slotmigMustWait(c, may_replicate) (slotmigActive() && slotmigMakesWait(c, may_replicate)) /* is this command behind a fence? */
 int slotmigExpiryWaits(int slot);                    /* of keys in the slot; -1: the active cycle */
 int slotmigFieldExpiryWaits(struct redisObject *hash);
 int slotmigFieldExpiryLeaves(struct redisObject *hash); /* 1: it is trimmed, the active cycle must forget it */
 int slotmigHoldClient(struct client *c, int slot);   /* a client that came to the target a moment early: postponed */
-struct _clusterNode *slotmigSlotOwner(int slot, struct _clusterNode *owner); /* whom to name for a closed slot */
+struct _clusterNode *slotmigNamedOwner(int slot, struct _clusterNode *owner);
+/* whom to name for a closed slot; each of them has a job */
+#define slotmigSlotOwner(slot, owner) (__builtin_expect((slotmig_jobs_active | slotmig_unserved) != 0, 0) ? slotmigNamedOwner(slot, owner) : (owner))
 
 /* ---- the cluster's slot map ---- */
 int slotmigRefuseSlotChange(struct client *c, int slot); /* 1: replied with an error, the slot is in a job */
 int slotmigKeepsLostSlot(int slot, struct _clusterNode *claimant);                  /* 1: do not delete its keys: a job trims it, or they are gone */
 int slotmigIsLacking(int slot);     /* 1: this replica has no copy of it */
+extern int slotmig_unserved;        /* slots of which this master has no copy */
 int slotmigRefuseFailover(struct client *c);           /* 1: replied with an error, it lacks some of its slots */
 long long slotmigElectionDelay(void);   /* ms that this replica stands back: it lacks some of its slots */
 int slotmigKeepsMaster(struct _clusterNode *newmaster); /* 1: its last slot is gone, but the hand-off is not over */

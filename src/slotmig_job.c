@@ -43,6 +43,7 @@
 #define ANSWERS_KEPT (10*60*1000)   /* ms after its end for which this node can tell how a job ended */
 #define HIDDEN_MAX 1000             /* jobs beyond cluster-slot-migration-log-max-len */
 #define BACKGROUND_NICE 10
+#define TRIM_PERIOD 1000            /* ms */
 #define TICK_MS 10          /* between two steps of the jobs, when nothing else calls for one */
 
 struct slotmigConfig slotmig_config;
@@ -269,8 +270,11 @@ void slotmigSetState(slotMigJob *job, slotMigState state, const char *reason) {
 /* What is more than the configured number is shown to nobody. But the other node may not have
  * heard yet how a hand-off ended, and asks: this is remembered for a while. */
 static void trimLog(void) {
+    static long long trimmed, limit;    /* how many there were then, and were to be */
+    static mstime_t trimmed_at;
     long long hidden = (long long)listLength(slotmig_log) - slotmig_config.log_max_len;
     mstime_t now = mstime();
+    if ((long long)listLength(slotmig_log) == trimmed && slotmig_config.log_max_len == limit && now - trimmed_at < TRIM_PERIOD) return;   /* a thousand, each turn */
     listIter li;
     listNode *ln;
     listRewindTail(slotmig_log,&li);
@@ -281,6 +285,9 @@ static void trimLog(void) {
         freeJob(job);
         listDelNode(slotmig_log,ln);
     }
+    trimmed = listLength(slotmig_log);
+    limit = slotmig_config.log_max_len;
+    trimmed_at = now;
 }
 
 void slotmigEndJob(slotMigJob *job, slotMigState state, const char *reason) {

@@ -510,7 +510,6 @@ void slotmigRequestAnswered(slotMigJob *job, const char *error);
 /* ---- slots without a copy of their keys (slotmig_lacking.c) ---- */
 
 #define AUX_LACKING "slotmig-lacking"
-extern int slotmig_unserved;
 void slotmigLacks(const slotSet *slots);
 void slotmigHaveSlots(const slotSet *slots);
 void slotmigLackingSince(const client *master);

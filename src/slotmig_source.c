@@ -237,8 +237,8 @@ int slotmigFieldExpiryWaits(robj *o) {
     return slotSetHas(&fenced,keyHashSlot(key,sdslen(key)));
 }
 
-/* Called for every command that is about to run, after redirections. */
-int slotmigMustWait(client *c, int may_replicate) {
+/* Called for every command that is about to run, after redirections, while there is a job. */
+int slotmigMakesWait(client *c, int may_replicate) {
     if (slotmigFrozen() && slotmigFreezeMakesWait(c)) return 1;
     if (__builtin_expect(c->flags & CLIENT_MASTER,0) && slotmigMasterMustWait(c)) return 1;
     if ((!fences && !slowed.count) || !may_replicate) return 0;
@@ -248,8 +248,8 @@ int slotmigMustWait(client *c, int may_replicate) {
     return fences != 0;     /* no key was named: it may write anywhere */
 }
 
-clusterNode *slotmigSlotOwner(int slot, clusterNode *owner) {
-    if (__builtin_expect(closed.count == 0 && slotmig_unserved == 0,1) || (owner && owner != server.cluster->myself)) return owner;
+clusterNode *slotmigNamedOwner(int slot, clusterNode *owner) {
+    if ((closed.count == 0 && slotmig_unserved == 0) || (owner && owner != server.cluster->myself)) return owner;
     if (slotmig_unserved && slotmigIsUnserved(slot)) return NULL;   /* its keys are elsewhere, nobody here knows where */
     if (!slotSetHas(&closed,slot)) return owner;
     slotMigJob *job = slotmigJobOfSlot(slot);

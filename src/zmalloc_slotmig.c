@@ -1,0 +1,43 @@
+/* zmalloc_slotmig.c -- a part of zmalloc.c: threads that end give their counter back.
+ *
+ * Each thread counts what it allocates in a counter of its own, of 16, and so the sum is cheap: it is
+ * made for every command. Upstream's threads live as long as the server. Those of a slot migration do not:
+ * after ten of them all 16 would be summed for ever, and every 16th thread would share the
+ * main thread's.
+ *
+ * Any thread. Counters are never cleared: a thread may free what another one has allocated.
+ *
+ * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
+ * Public License v3 (AGPLv3), see LICENSE. */
+
+#include <pthread.h>
+
+static unsigned idle_indexes;       /* bits: of threads that have ended; atomic */
+static pthread_key_t index_key;     /* of each thread: its index, plus one */
+static int has_index_key;
+
+/* As the thread ends. Should it allocate even then, it takes another one, and this is called again. */
+static void giveIndexBack(void *index_plus_one) {
+    my_thread_index = -1;
+    __atomic_fetch_or(&idle_indexes,1u << ((long)index_plus_one-1),__ATOMIC_RELAXED);
+}
+
+static void makeIndexKey(void) {
+    has_index_key = pthread_key_create(&index_key,giveIndexBack) == 0;
+}
+
+static __attribute__((noinline,cold)) long takeThreadIndex(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    unsigned idle = __atomic_load_n(&idle_indexes,__ATOMIC_RELAXED);
+    long index;
+    pthread_once(&once,makeIndexKey);
+    while (idle && !__atomic_compare_exchange_n(&idle_indexes,&idle,idle & (idle-1),0,__ATOMIC_RELAXED,__ATOMIC_RELAXED)) continue;
+    if (idle) {
+        index = __builtin_ctz(idle);
+    } else {
+        atomicGetIncr(num_active_threads,index,1);
+        index &= THREAD_MASK;
+    }
+    if (has_index_key) pthread_setspecific(index_key,(void*)(index+1));
+    return index;
+}
