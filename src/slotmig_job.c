@@ -617,6 +617,7 @@ void slotmigClusterReset(void) {
     slotmigEachJob(endAnyway,"CLUSTER RESET of this node");
     slotmigRecordsClear();
     slotmigUndefendAll();
+    slotmigReplaced(NULL);
     for (int j = 0; j < CLUSTER_SLOTS; j++) {
         slotmigServeSlot(j);
         slotmigSlotIsOurs(j);

@@ -499,7 +499,7 @@ size_t slotmigRelayRoom(slotMigJob *job);
 void slotmigAnswerMaster(const char *id, slotMigWord word, uint64_t n, const char *text);
 void slotmigRelayed(client *c);
 void slotmigFollow(const clusterNode *n);           /* be its replica, at the end of this turn */
-void slotmigReplaced(const clusterNode *old);       /* this node took the place of that master */
+void slotmigReplaced(const clusterNode *old);       /* this node took the place of that master; NULL: forget it */
 void slotmigFollowSlots(void);                      /* at the end of a turn */
 void slotmigWasLastWord(slotMigJob *job);
 /* The target's answer to the offer of a job (NULL: accepted), for the command

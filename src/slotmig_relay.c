@@ -48,6 +48,7 @@
 
 #define RELAY_WINDOW_MIN (64*1024)
 #define RELAY_WINDOW_SHARE 4        /* of the backlog */
+#define GO_BACK_PERIOD 100          /* ms between two looks at the one that this node replaced */
 #define SILENCE 1000                /* ms without a word of a replica that is behind */
 
 /* Who a connected replica is. */
@@ -581,23 +582,37 @@ static void leaveChain(void) {
 
 /* A master whose last slot was given away is told of its successor by no claim. If others come to it
  * it goes on, and has them in the end, with a later epoch: two masters in a shard, one of them without slots.
- * That one, the node that replaced it, goes back. Not known after a restart. */
+ * That one, the node that replaced it, goes back, or to who replaced that one meanwhile. Not with keys,
+ * which only slots that come the classic way can have brought, and not with an epoch that is the
+ * later one: the order of epochs keeps two from following each other. Not known after a restart. */
 static char replaced[CLUSTER_NAMELEN];
 
 void slotmigReplaced(const clusterNode *old) {
-    memcpy(replaced,old->name,CLUSTER_NAMELEN);
+    if (old) memcpy(replaced,old->name,CLUSTER_NAMELEN);
+    else replaced[0] = '\0';
+}
+
+static int hasKeysOrImports(void) {
+    for (int j = 0; j < CLUSTER_SLOTS; j++)
+        if (server.cluster->importing_slots_from[j]) return 1;
+    return kvstoreSize(server.db[0].keys) != 0;
 }
 
 static void goBack(void) {
-    if (__builtin_expect(replaced[0] == '\0',1)) return;
+    static mstime_t looked;
+    if (__builtin_expect(replaced[0] == '\0',1) || server.mstime - looked < GO_BACK_PERIOD) return;
+    looked = server.mstime;
     clusterNode *myself = server.cluster->myself, *old = clusterLookupNode(replaced,CLUSTER_NAMELEN);
-    if (old == NULL || !clusterNodeIsMaster(old) || !clusterNodeIsMaster(myself)) {  /* it follows, as it should; or a reset */
+    if (old && !clusterNodeIsMaster(old)) old = old->slaveof;
+    if (old == NULL || old == myself || !clusterNodeIsMaster(myself)) {     /* it follows, as it should; or a reset */
         replaced[0] = '\0';
         return;
     }
-    if (myself->numslots || old->numslots == 0 || nodeFailed(old) || old->configEpoch <= myself->configEpoch ||
-        !slotmigSameLineage(old,myself->name) || slotmigActive() || slotmigAnyRecord()) return;
-    serverLog(LL_NOTICE,"This node took the place of %.40s, which has slots since, and this one has none. Reconfiguring myself as its replica",old->name);
+    if (myself->numslots || old->numslots == 0 || nodeFailed(old) || old->configEpoch <= myself->configEpoch || !clusterNodeIsMaster(old) ||
+        !slotmigSameLineage(old,myself->name) || slotmigActive() || slotmigAnyRecord() || hasKeysOrImports() ||
+        server.cluster_module_flags & CLUSTER_MODULE_FLAG_NO_REDIRECTION) return;
+    serverLog(LL_NOTICE,"This node took the place of %.40s, whose shard has slots since, and this one has none. "
+        "Reconfiguring myself as a replica of %.40s",replaced,old->name);
     followNode(old);
 }
 

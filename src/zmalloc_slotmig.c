@@ -36,7 +36,7 @@ static __attribute__((noinline,cold)) long takeThreadIndex(void) {
         index = __builtin_ctz(idle);
     } else {
         atomicGetIncr(num_active_threads,index,1);
-        index &= THREAD_MASK;
+        if (index >= MAX_THREADS) return 1 + index % (MAX_THREADS-1);   /* another one's, which it may not give back; not the main thread's */
     }
     if (has_index_key) pthread_setspecific(index_key,(void*)(index+1));
     return index;
