@@ -1,4 +1,9 @@
-# redis-py.py -- python3-redis, see work.js. Four threads share one client.
+# redis-py.py -- python3-redis, see work.js. Four threads share one client, and
+# each has one of its own for pipelines: redis-py asks the slot table again for
+# each command of a pipeline, so a MOVED that another thread of the same client
+# gets meanwhile splits one key's commands between two nodes, and what the old
+# owner refuses is repeated after the rest (4.3.4, _send_cluster_commands). No
+# server can hold an order across two connections.
 #
 # SPDX-License-Identifier: AGPL-3.0-only
 
@@ -103,7 +108,7 @@ class Channels:
             say("error", self.kind, "-", type(error).__name__, error)
 
 
-def worker(client, work):
+def worker(shared, own, work):
     """Each of (function, tag) in turn."""
     counts = dict.fromkeys(work, 0)
     broken = set()
@@ -114,7 +119,7 @@ def worker(client, work):
             if (step, tag) in broken:
                 continue
             try:
-                counts[step, tag] = step(client, tag, counts[step, tag])
+                counts[step, tag] = step(own if step is pipelines else shared, tag, counts[step, tag])
             except Exception as error:
                 say("error", step.__name__, tag, type(error).__name__, error)
                 broken.add((step, tag))     # what the server has now is not known
@@ -129,7 +134,11 @@ def worker(client, work):
 def main():
     say("library", "redis-py", redis.__version__)
     nodes = [ClusterNode(*address.split(":")) for address in sys.argv[1].split(",")]
-    client = RedisCluster(startup_nodes=[ClusterNode(n.host, int(n.port)) for n in nodes])
+
+    def connect():
+        return RedisCluster(startup_nodes=[ClusterNode(n.host, int(n.port)) for n in nodes])
+
+    client = connect()
     work = [w.split(":") for w in sys.argv[2:]]
     kinds = {"values": values, "pipelines": pipelines, "scripts": scripts}
     if VERSION >= (6, 0):
@@ -146,7 +155,7 @@ def main():
             for c in channels:
                 c.add(tag)
     steps = [(kinds[kind], tag) for kind, tag in work if kind in kinds]
-    threads = [threading.Thread(target=worker, args=(client, steps[i::THREADS])) for i in range(THREADS)]
+    threads = [threading.Thread(target=worker, args=(client, connect(), steps[i::THREADS])) for i in range(THREADS)]
     threads += [threading.Thread(target=c.run) for c in channels]
     say("ready")
     for thread in threads:
