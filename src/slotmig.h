@@ -130,6 +130,9 @@ void kvstoreMoveAll(struct _kvstore *src, struct _kvstore *dst);
 struct dict *kvstoreSlotDict(struct _kvstore *kvs, int didx); /* NULL: none; looks at no freeze */
 void kvstorePrefetchDict(struct _kvstore *kvs, int didx);  /* its size is wanted soon; any place, there or not */
 
+/* ---- zmalloc_slotmig.c, part of zmalloc.c ---- */
+void zmallocGiveBack(void);                         /* what was freed, to the system; any thread but the main one, takes long */
+
 /* ---- slot_rdb.c: the sections and the index of every RDB that a cluster node writes.
  * In this order; on whichever process saves, one RDB at a time. -1: a write error ---- */
 void slotRdbSaveBegin(struct _rio *rdb);            /* nothing of the RDB is written yet */

@@ -20,10 +20,10 @@
  * a fork takes all such slots at the end. What is too long depends on what the fork would
  * cost, for it stalls the whole node for a time that grows with its memory, a freeze one slot
  * only: FREEZE_MAX_US, but on a large node FREEZE_SHARE of the fork's time, up to
- * FREEZE_LONGER_US, unless the node evicts keys. If slots put back are few, they have longer once
- * more before they are forked for (slotmigSaverTakesLonger()). With cluster-slot-migration-snapshot `thread` a slot is
- * frozen for as long as it takes. The clock is looked at inside of a value, too, so one
- * huge key does not matter.
+ * FREEZE_LONGER_US; FREEZE_EVICTS_US on one that evicts keys. If slots put back are few, they
+ * have longer once more before they are forked for (slotmigSaverTakesLonger()). With
+ * cluster-slot-migration-snapshot `thread` a slot is frozen for as long as it takes. The
+ * clock is looked at inside of a value, too, so one huge key does not matter.
  *
  * Who waits.
  *  - A command whose keys are in a frozen slot, read or write, and one without
@@ -65,9 +65,10 @@
 ssize_t rdbSaveLongLongAsStringObject(rio *rdb, long long value);
 
 #define FREEZE_US 500               /* of a batch */
-#define FREEZE_MAX_US 2000          /* of one slot, on a small node; */
+#define FREEZE_MAX_US 5000          /* of one slot, on a small node: no fork stalls it for less; */
 #define FREEZE_LONGER_US 50000      /* on a large one, */
-#define FREEZE_SHARE 10             /* this part of what a fork takes */
+#define FREEZE_SHARE 4              /* this part of what a fork takes; */
+#define FREEZE_EVICTS_US 2000       /* on one that evicts keys */
 #define FREEZE_FEW_US 10000         /* or twice the above: of one of a few, where a fork takes longer */
 #define FORK_US_PER_MB 50           /* for how long it stalls a node, about: page tables are copied */
 #define MAIN_MAX_US 1000            /* of one slot, on the main thread */
@@ -156,7 +157,7 @@ static int evicts(void) {
 }
 
 static unsigned long long freezeLimit(void) {
-    if (evicts()) return FREEZE_MAX_US;
+    if (evicts()) return FREEZE_EVICTS_US;
     unsigned long long us = forkTime()/FREEZE_SHARE;
     return us < FREEZE_MAX_US ? FREEZE_MAX_US : us > FREEZE_LONGER_US ? FREEZE_LONGER_US : us;
 }
@@ -197,6 +198,106 @@ static size_t bufferWrite(rio *r, const void *buf, size_t len) {
     return !stop && !(s->deadline && processorTime() > s->deadline);
 }
 
+/* ---- what is read next, in time ----
+ *
+ * Serializing is waiting for memory: entries, keys and values lie anywhere, and each is
+ * reached through the one before. Asked for some ahead of their use they come side by
+ * side. A prefetch of what is not there is no fault. */
+
+#define AHEAD 32                        /* entries, or buckets */
+#define AHEAD_MAX_ENTRIES (64*1024)     /* of one value: more would not stay in the cache */
+
+/* An iterator that asks for the entries which it will come to. */
+typedef struct aheadIterator {
+    dictIterator it;
+    unsigned long asked;                /* buckets of the first table */
+} aheadIterator;
+
+static void aheadInit(aheadIterator *a, dict *d) {
+    a->asked = 0;
+    dictInitIterator(&a->it,d);
+}
+
+static dictEntry *aheadNext(aheadIterator *a) {
+    dict *d = a->it.d;
+    unsigned long buckets = DICTHT_SIZE(d->ht_size_exp[0]);
+    if (a->asked < buckets && a->it.table == 0 && a->it.index + AHEAD > (long)a->asked) {
+        unsigned long to = a->asked + 2*AHEAD < buckets ? a->asked + 2*AHEAD : buckets;
+        for (; a->asked < to; a->asked++)
+            __builtin_prefetch((void*)((uintptr_t)d->ht_table[0][a->asked] & ~(uintptr_t)7));   /* the bits tell its kind */
+    }
+    return dictNext(&a->it);
+}
+
+static void prefetchKey(const char *p) {
+    __builtin_prefetch(p-1);            /* the kind of a string is before it */
+}
+
+static void prefetchBytes(const char *p) {
+    for (int i = -1; i < 128; i += 64) __builtin_prefetch(p+i);
+}
+
+/* Entries, keys and values of a dict in a value. The value of an entry of a sorted set
+ * is in the node of its skiplist. */
+static void prefetchDict(dict *d) {
+    if (dictSize(d) < AHEAD || dictSize(d) > AHEAD_MAX_ENTRIES) return;
+    aheadIterator a;
+    dictEntry *de;
+    aheadInit(&a,d);
+    while ((de = aheadNext(&a)) != NULL) {
+        prefetchKey(dictGetKey(de));
+        if (!d->type->no_value) prefetchBytes(dictGetVal(de));
+    }
+    dictResetIterator(&a.it);
+}
+
+static void prefetchValue(robj *o) {
+    if (o->type == OBJ_HASH && o->encoding == OBJ_ENCODING_HT) prefetchDict(o->ptr);
+    else if (o->type == OBJ_SET && o->encoding == OBJ_ENCODING_HT) prefetchDict(o->ptr);
+    else if (o->type == OBJ_ZSET && o->encoding == OBJ_ENCODING_SKIPLIST) prefetchDict(((zset*)o->ptr)->dict);
+}
+
+/* The keys of a slot, in two steps: while some are serialized, those behind them come. */
+typedef struct slotIterator {
+    aheadIterator a;
+    dictEntry *now[AHEAD], *next[AHEAD];
+    int at, n, n_next;
+} slotIterator;
+
+static void slotIteratorFill(slotIterator *it) {
+    dictEntry *de;
+    it->n_next = 0;
+    while (it->n_next < AHEAD && (de = aheadNext(&it->a)) != NULL) {
+        prefetchKey(dictGetKey(de));
+        __builtin_prefetch(dictGetVal(de));
+        it->next[it->n_next++] = de;
+    }
+}
+
+static void slotIteratorInit(slotIterator *it, dict *keys) {
+    it->at = it->n = 0;
+    aheadInit(&it->a,keys);
+    slotIteratorFill(it);
+}
+
+static dictEntry *slotIteratorNext(slotIterator *it) {
+    if (it->at < it->n) return it->now[it->at++];
+    memcpy(it->now,it->next,it->n_next*sizeof(it->now[0]));
+    it->n = it->n_next;
+    it->at = 0;
+    if (it->n == 0) return NULL;
+    for (int i = 0; i < it->n; i++) {
+        robj *o = dictGetVal(it->now[i]);
+        if (o->refcount != OBJ_SHARED_REFCOUNT && o->encoding != OBJ_ENCODING_INT && o->encoding != OBJ_ENCODING_EMBSTR) prefetchBytes(o->ptr);
+    }
+    slotIteratorFill(it);
+    return it->now[it->at++];
+}
+
+static void slotIteratorReset(slotIterator *it) {
+    dictResetIterator(&it->a.it);
+}
+
 static int takeKey(slotMigSaver *s, sds key, robj *o, long long expire) {
     rio *rdb = &s->into;
     robj k;
@@ -214,6 +315,7 @@ static int takeKey(slotMigSaver *s, sds key, robj *o, long long expire) {
     } else {
         if (rdbSaveType(rdb,RDB_OPCODE_IDLE) == -1 || rdbSaveLen(rdb,estimateObjectIdleTime(o)/1000) == -1) return -1;
     }
+    prefetchValue(o);
     if (rdbSaveObjectType(rdb,o) == -1 || rdbSaveStringObject(rdb,&k) == -1) return -1;
     return rdbSaveObject(rdb,o,&k,0) == -1 ? -1 : 0;
 }
@@ -228,7 +330,7 @@ static int isLarge(sds key, robj *o) {
 /* A section, without what comes behind it, at the end of the buffer. */
 static takeResult takeSlot(slotMigSaver *s, frozenSlot *f, unsigned long long max_us, int modules) {
     takeResult result = TAKEN;
-    dictIterator it;
+    slotIterator it;
     dictEntry *de;
     if (max_us && slotmigFailPoint(FP_source_slot_takes_long) == FAILPOINT_FAIL && (long long)max_us < slotmigFailPointAt(FP_source_slot_takes_long))
         result = TOO_LARGE;
@@ -238,8 +340,8 @@ static takeResult takeSlot(slotMigSaver *s, frozenSlot *f, unsigned long long ma
     taking = s;
     rioClearErrors(&s->into);
     if (result == TAKEN && slotRdbSectionHead(&s->into,f->slot,f->nkeys,f->nexpires) == -1) result = TOO_LARGE;
-    dictInitIterator(&it,f->keys);
-    while (result == TAKEN && (de = dictNext(&it)) != NULL) {
+    slotIteratorInit(&it,f->keys);
+    while (result == TAKEN && (de = slotIteratorNext(&it)) != NULL) {
         robj *o = dictGetVal(de);
         dictEntry *expire = f->expires ? dictFind(f->expires,dictGetKey(de)) : NULL;
         /* (The type of an integer that keys share is beside its time, which others write.) */
@@ -248,7 +350,7 @@ static takeResult takeSlot(slotMigSaver *s, frozenSlot *f, unsigned long long ma
         else if (module && max_us && isLarge(dictGetKey(de),o)) result = TOO_LARGE;
         else if (takeKey(s,dictGetKey(de),o,expire ? dictGetSignedIntegerVal(expire) : -1) == -1) result = TOO_LARGE;
     }
-    dictResetIterator(&it);
+    slotIteratorReset(&it);
     taking = NULL;
     if (result != TAKEN) sdssetlen(s->buffer,f->begin);
     f->end = sdslen(s->buffer);

@@ -97,13 +97,17 @@ static void createSlotStores(kvstore **keys, kvstore **expires) {
     *expires = kvstoreCreate(&dbExpiresDictType,CLUSTER_SLOT_MASK_BITS,flags);
 }
 
+#define GIVE_BACK_BYTES (16*1024*1024)
+
 /* On a bio thread, like lazyfree.c's: the ebuckets first, for it is threaded
- * through the keys. */
+ * through the keys. What many keys leave is not kept for others: they went to another node. */
 static void freeStores(void *args[]) {
+    size_t before = zmalloc_used_memory();
     ebuckets field_expiry = args[2];
     ebDestroy(&field_expiry,&hashExpireBucketsType,NULL);
     kvstoreRelease(args[1]);
     kvstoreRelease(args[0]);
+    if (zmalloc_used_memory() + GIVE_BACK_BYTES < before) zmallocGiveBack();
 }
 
 static void freeStoresInBackground(kvstore *keys, kvstore *expires, ebuckets field_expiry) {

@@ -1,4 +1,5 @@
-/* zmalloc_slotmig.c -- a part of zmalloc.c: threads that end give their counter back.
+/* zmalloc_slotmig.c -- a part of zmalloc.c: threads that end give their counter back,
+ * and memory that many keys leave goes back to the system.
  *
  * Each thread counts what it allocates in a counter of its own, of 16, and so the sum is cheap: it is
  * made for every command. Upstream's threads live as long as the server. Those of a slot migration do not:
@@ -40,4 +41,39 @@ static __attribute__((noinline,cold)) long takeThreadIndex(void) {
     }
     if (has_index_key) pthread_setspecific(index_key,(void*)(index+1));
     return index;
+}
+
+#define DIRTY_MAX (8*1024*1024)     /* bytes that the allocator may keep */
+#define DIRTY_TRIES 200
+
+#ifdef USE_JEMALLOC
+
+/* Bytes that are free, but not the system's yet. */
+static size_t dirtyBytes(void) {
+    uint64_t epoch = 1;
+    size_t pages = 0, page = 0, len = sizeof(epoch);
+    char name[64];
+    je_mallctl("epoch",&epoch,&len,&epoch,len);
+    snprintf(name,sizeof(name),"stats.arenas.%u.pdirty",MALLCTL_ARENAS_ALL);
+    len = sizeof(size_t);
+    return je_mallctl(name,&pages,&len,NULL,0) || je_mallctl("arenas.page",&page,&len,NULL,0) ? 0 : pages*page;
+}
+
+#else
+
+static size_t dirtyBytes(void) {
+    return 0;
+}
+
+#endif
+
+/* Memory that was freed goes back to the system at once, as after a FLUSHALL; the allocator
+ * keeps it for about 10 s else. It is asked again while its own thread is at it, for then it
+ * does nothing: up to DIRTY_TRIES ms. Any thread but the main one. */
+void zmallocGiveBack(void) {
+    for (int i = 0; i < DIRTY_TRIES; i++) {
+        jemalloc_purge();
+        if (dirtyBytes() <= DIRTY_MAX) return;
+        usleep(1000);
+    }
 }
