@@ -226,16 +226,17 @@ start_cluster 3 0 {tags {external:skip cluster} overrides {cluster-slot-migratio
         wait_no_leftovers 0 $base
     }
 
-    test "Memory that the keys left goes back to the system at once" {
-        if {![string match jemalloc* [status [Rn 0] mem_allocator]]} {skip "the allocator is not jemalloc"}
-        fresh
-        # It would do so by and by, with a thread of its own also where nothing happens.
-        with_config {0 {jemalloc-bg-thread no}} {
-            fill_strings 0 $slots 60000 1000
-            move_slots 0 2 3 6
-            # Both are of the same moment, up to 100 ms ago.
-            wait_for_condition 400 10 {[status [Rn 0] allocator_active] < 30000000 && [status [Rn 0] allocator_resident] < 50000000} else {
-                fail "[status [Rn 0] allocator_active] bytes are in use, [status [Rn 0] allocator_resident] are kept"
+    if {[string match jemalloc* [status [Rn 0] mem_allocator]]} {
+        test "Memory that the keys left goes back to the system at once" {
+            fresh
+            # It would do so by and by, with a thread of its own also where nothing happens.
+            with_config {0 {jemalloc-bg-thread no}} {
+                fill_strings 0 $slots 60000 1000
+                move_slots 0 2 3 6
+                # Both are of the same moment, up to 100 ms ago.
+                wait_for_condition 400 10 {[status [Rn 0] allocator_active] < 30000000 && [status [Rn 0] allocator_resident] < 50000000} else {
+                    fail "[status [Rn 0] allocator_active] bytes are in use, [status [Rn 0] allocator_resident] are kept"
+                }
             }
         }
     }
