@@ -36,9 +36,11 @@
  *    thread with the lock, waits on the spot, in kvstoreGetDict() (slotmigTouched()):
  *    so what was forgotten here is a short stall, never a race. It is counted.
  *
- * Values of modules are never saved by the thread: a slot that has one is saved
+ * Values of modules are not saved by the thread: a slot that has one is saved
  * on the main thread, whole and at once, within MAIN_MAX_US; if that is not
- * enough it is TOO_LARGE as well.
+ * enough it is TOO_LARGE as well. But for vector sets: what saves them only reads their graph,
+ * which changes on the main thread alone, under a command with that key; their own threads read
+ * it, too. As no save of a module can be stopped, one too large to begin with is TOO_LARGE.
  *
  * Threads. Between "gives" and "out of the dicts" the thread reads, and only
  * reads, the two dicts of each slot and the values in them; nobody else touches them.
@@ -79,6 +81,7 @@ ssize_t rdbSaveLongLongAsStringObject(rio *rdb, long long value);
 #define LOOK_WRITES 256             /* or writes */
 #define COPY_BYTES_PER_US 2000      /* of one large piece, into new memory */
 #define MAIN_MAX_BYTES (512*1024)   /* of a module's value that is saved on the main thread: its save cannot be stopped */
+#define VECTORS_BYTES_PER_US 200    /* of a vector set, for the thread */
 #define MAIN_MAX_EFFORT 512         /* and elements, as it tells them for freeing it */
 #define FILLER_PERIOD 1000          /* ms without a byte; then the receiver gets a field that says nothing */
 #define KEEP_BUFFER (4*1024*1024)   /* bytes of the buffer that are kept for the next batch */
@@ -101,6 +104,7 @@ struct slotMigSaver {
     unsigned long long max_us;      /* of one slot, 0: no limit; main thread, the thread's while `given` */
     int longer;                     /* max_us was doubled; main thread */
     int lfu;                        /* which of the two ages goes with a key */
+    moduleType *vectorset;          /* NULL: none */
     int damages;                    /* fail point source_damages_section */
     pthread_t thread;
     eventNotifier *notifier;
@@ -320,11 +324,11 @@ static int takeKey(slotMigSaver *s, sds key, robj *o, long long expire) {
     return rdbSaveObject(rdb,o,&k,0) == -1 ? -1 : 0;
 }
 
-/* A value of a module, on the main thread. What does not tell its size is not known to be. */
-static int isLarge(sds key, robj *o) {
+/* A value of a module. What does not tell its size is not known to be. */
+static int isLarge(sds key, robj *o, size_t max_bytes) {
     robj k;
     initStaticStringObject(k,key);
-    return moduleGetMemUsage(&k,o,5,0) > MAIN_MAX_BYTES || moduleGetFreeEffort(&k,o,0) > MAIN_MAX_EFFORT;
+    return moduleGetMemUsage(&k,o,5,0) > max_bytes || moduleGetFreeEffort(&k,o,0) > MAIN_MAX_EFFORT;
 }
 
 /* A section, without what comes behind it, at the end of the buffer. */
@@ -346,8 +350,9 @@ static takeResult takeSlot(slotMigSaver *s, frozenSlot *f, unsigned long long ma
         dictEntry *expire = f->expires ? dictFind(f->expires,dictGetKey(de)) : NULL;
         /* (The type of an integer that keys share is beside its time, which others write.) */
         int module = o->refcount != OBJ_SHARED_REFCOUNT && o->type == OBJ_MODULE;
-        if (module && !modules) result = HAS_MODULE;
-        else if (module && max_us && isLarge(dictGetKey(de),o)) result = TOO_LARGE;
+        int here = modules || (module && ((moduleValue*)o->ptr)->type == s->vectorset);
+        if (module && !here) result = HAS_MODULE;
+        else if (module && max_us && isLarge(dictGetKey(de),o,modules ? MAIN_MAX_BYTES : max_us*VECTORS_BYTES_PER_US)) result = TOO_LARGE;
         else if (takeKey(s,dictGetKey(de),o,expire ? dictGetSignedIntegerVal(expire) : -1) == -1) result = TOO_LARGE;
     }
     slotIteratorReset(&it);
@@ -646,6 +651,7 @@ slotMigSaver *slotmigSaverStart(connection *conn, const slotSet *slots, int limi
     s->conn = conn;
     s->max_us = limited ? freezeLimit() : 0;
     s->lfu = server.maxmemory_policy & MAXMEMORY_FLAG_LFU;
+    s->vectorset = moduleTypeLookupModuleByName("vectorset");
     s->damages = slotmigFailPoint(FP_source_damages_section) == FAILPOINT_FAIL;
     s->batch = zmalloc(sizeof(*s->batch)*BATCH_MAX);
     s->us_per_key = US_PER_KEY_AT_FIRST;

@@ -479,12 +479,15 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         assert_equal {5:1 8:2} [list [R 2 get [key_in 5 k1]] [R 2 get [key_in 8 k2]]]
     }
 
-    test "Vector sets are saved on the main thread; a slot with many of them goes by a fork" {
+    test "Values of modules are saved on the main thread; a slot with many of them goes by a fork" {
         fresh
+        foreach n {0 2} {load_test_module $n datatype {}}
         R 0 config resetstat
         some_keys 0 {5 6} 5
-        R 0 vadd [key_in 5 v] values 3 1 2 3 a
-        R 0 eval {for i = 1, 3000 do redis.call('vadd','{' .. ARGV[1] .. '}v' .. i,'values',3,i,2,3,'a') end} 1 [key_in 6 v] [slot_tag 6]
+        R 0 datatype.set [key_in 5 m] 1 a
+        for {set i 0} {$i < 20000} {incr i 5000} {
+            R 0 eval {for i = 1, 5000 do redis.call('datatype.set','{' .. ARGV[1] .. '}m' .. ARGV[2]+i,i,'a') end} 1 [key_in 6 m] [slot_tag 6] $i
+        }
         set dump [slots_dump 0 {5 6}]
         set id [migrate 0 2 5 6]
         wait_migrated 0 2 $id
@@ -492,6 +495,54 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         assert_equal "6: module values that the main thread would save for too long" [job_field 0 $id forked-because]
         assert_equal 1 [freeze_field 0 on_main_thread]
         assert_same_dump $dump [slots_dump 2 {5 6}]
+    }
+
+    test "Vector sets are saved by the thread; one that would take too long goes by a fork" {
+        fresh
+        R 0 config resetstat
+        some_keys 0 {5 6 7} 5
+        R 0 vadd [key_in 5 v] values 3 1 2 3 a
+        R 0 eval {for i = 1, 300 do redis.call('vadd','{' .. ARGV[1] .. '}v' .. i,'values',3,i,2,3,'a') end} 1 [key_in 6 v] [slot_tag 6]
+        # 2000 bytes a vector: more than 200 for each of the 5000 us.
+        R 0 eval {for i = 1, 700 do redis.call('vadd',KEYS[1],'fp32',string.rep(string.char(i % 100,0,128,63),500),i,'noquant','ef',1) end} 1 [key_in 7 v]
+        set dump [slots_dump 0 {5 6 7}]
+        set id [migrate 0 2 5 7]
+        wait_migrated 0 2 $id
+        assert_equal 7 [job_field 0 $id forked-slots]
+        assert_equal "7: not serialized in 5000 us" [job_field 0 $id forked-because]
+        assert_equal 0 [freeze_field 0 on_main_thread]
+        assert_same_dump $dump [slots_dump 2 {5 6 7}]
+    }
+
+    test "Vector sets are read by threads of their own while they are frozen again and again" {
+        fresh
+        R 0 config resetstat
+        set key [key_in 5 v]
+        R 0 eval {for i = 1, 300 do redis.call('vadd',KEYS[1],'fp32',string.rep(string.char(i % 100,i % 90,128,63),20),i,'setattr','{"n":' .. i .. '}') end} 1 $key
+        set vector [string repeat \x00\x00\x80\x3f 20]
+        failpoint 0 source_in_freeze fail 100
+        set id [migrate 0 2 5 5]
+        set loads {}
+        foreach command [list [list vsim $key fp32 $vector count 5 filter ".n > 3"] [list vadd $key fp32 $vector new cas] [list vsim $key ele 7 withscores]] {
+            set rd [redis_deferring_client]
+            lappend loads $rd
+            for {set i 0} {$i < 300} {incr i} {
+                if {[lindex $command 0] eq "vadd"} {lset command 4 new$i}
+                $rd {*}$command
+            }
+        }
+        foreach rd $loads {
+            for {set i 0} {$i < 300} {incr i} {$rd read}
+            $rd close
+        }
+        assert_equal 600 [R 0 vcard $key]
+        set freezes [freezes 0]
+        wait_for_condition 500 10 {[freezes 0] > $freezes+100} else {fail "[job 0 $id]"}
+        set dump [slots_dump 0 5]
+        failpoint 0 source_in_freeze off
+        wait_migrated 0 2 $id
+        assert_equal {} [job_field 0 $id forked-slots]
+        assert_same_dump $dump [slots_dump 2 5]
     }
 
     test "A batch that is given while the thread sends a filler is taken, and so is the end" {
