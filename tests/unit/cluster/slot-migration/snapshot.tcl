@@ -502,7 +502,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         R 0 config resetstat
         some_keys 0 {5 6 7} 5
         R 0 vadd [key_in 5 v] values 3 1 2 3 a
-        R 0 eval {for i = 1, 300 do redis.call('vadd','{' .. ARGV[1] .. '}v' .. i,'values',3,i,2,3,'a') end} 1 [key_in 6 v] [slot_tag 6]
+        R 0 eval {for i = 1, 20 do redis.call('vadd','{' .. ARGV[1] .. '}v' .. i,'values',3,i,2,3,'a') end} 1 [key_in 6 v] [slot_tag 6]
         # 2000 bytes a vector: more than 200 for each of the 5000 us.
         R 0 eval {for i = 1, 700 do redis.call('vadd',KEYS[1],'fp32',string.rep(string.char(i % 100,0,128,63),500),i,'noquant','ef',1) end} 1 [key_in 7 v]
         set dump [slots_dump 0 {5 6 7}]
@@ -520,29 +520,31 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         set key [key_in 5 v]
         R 0 eval {for i = 1, 300 do redis.call('vadd',KEYS[1],'fp32',string.rep(string.char(i % 100,i % 90,128,63),20),i,'setattr','{"n":' .. i .. '}') end} 1 $key
         set vector [string repeat \x00\x00\x80\x3f 20]
-        failpoint 0 source_in_freeze fail 100
-        set id [migrate 0 2 5 5]
-        set loads {}
-        foreach command [list [list vsim $key fp32 $vector count 5 filter ".n > 3"] [list vadd $key fp32 $vector new cas] [list vsim $key ele 7 withscores]] {
-            set rd [redis_deferring_client]
-            lappend loads $rd
-            for {set i 0} {$i < 300} {incr i} {
-                if {[lindex $command 0] eq "vadd"} {lset command 4 new$i}
-                $rd {*}$command
+        with_config {0 {cluster-slot-migration-snapshot thread}} {
+            failpoint 0 source_in_freeze fail 100
+            set id [migrate 0 2 5 5]
+            set loads {}
+            foreach command [list [list vsim $key fp32 $vector count 5 filter ".n > 3"] [list vadd $key fp32 $vector new cas] [list vsim $key ele 7 withscores]] {
+                set rd [redis_deferring_client]
+                lappend loads $rd
+                for {set i 0} {$i < 300} {incr i} {
+                    if {[lindex $command 0] eq "vadd"} {lset command 4 new$i}
+                    $rd {*}$command
+                }
             }
+            foreach rd $loads {
+                for {set i 0} {$i < 300} {incr i} {$rd read}
+                $rd close
+            }
+            assert_equal 600 [R 0 vcard $key]
+            set freezes [freezes 0]
+            wait_for_condition 500 10 {[freezes 0] > $freezes+100} else {fail "[job 0 $id]"}
+            set dump [slots_dump 0 5]
+            failpoint 0 source_in_freeze off
+            wait_migrated 0 2 $id
+            assert_equal thread [job_field 0 $id snapshot-by]
+            assert_same_dump $dump [slots_dump 2 5]
         }
-        foreach rd $loads {
-            for {set i 0} {$i < 300} {incr i} {$rd read}
-            $rd close
-        }
-        assert_equal 600 [R 0 vcard $key]
-        set freezes [freezes 0]
-        wait_for_condition 500 10 {[freezes 0] > $freezes+100} else {fail "[job 0 $id]"}
-        set dump [slots_dump 0 5]
-        failpoint 0 source_in_freeze off
-        wait_migrated 0 2 $id
-        assert_equal {} [job_field 0 $id forked-slots]
-        assert_same_dump $dump [slots_dump 2 5]
     }
 
     test "A batch that is given while the thread sends a filler is taken, and so is the end" {
