@@ -16,7 +16,7 @@
  * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
  * Public License v3 (AGPLv3), see LICENSE. */
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 6)
 
 #include <wmmintrin.h>
 

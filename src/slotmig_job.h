@@ -545,6 +545,7 @@ int slotmigAnyShadowDraining(void);
 sds slotmigFieldExpiryKey(robj *hash);
 int slotmigModulesListen(void);                     /* is there one that may have to be told of keys, or has types of its own? */
 slotMigLimbo *slotmigLimboCreate(void);
+void slotmigLimboIsReplaced(slotMigLimbo *limbo);
 unsigned long long slotmigLimboTake(slotMigLimbo *limbo, int slot);
 int slotmigLimboStep(slotMigLimbo *limbo, monotime until);
 void slotmigLimboFree(slotMigLimbo *limbo);

@@ -304,7 +304,10 @@ static void putSlot(slotMigSection *s, slotMigLimbo **limbo) {
     slotSet one;
     slotSetClear(&one);
     slotSetAdd(&one,s->slot);
-    if (kvstoreDictSize(db->keys,s->slot) && *limbo == NULL) *limbo = slotmigLimboCreate();
+    if (kvstoreDictSize(db->keys,s->slot) && *limbo == NULL) {
+        *limbo = slotmigLimboCreate();
+        slotmigLimboIsReplaced(*limbo);
+    }
     unsigned long long replaced = *limbo ? slotmigLimboTake(*limbo,s->slot) : 0;
     if (kvstoreSize(s->keys)) kvstoreMoveDict(s->keys,0,db->keys,s->slot);
     if (kvstoreSize(s->expires)) kvstoreMoveDict(s->expires,0,db->expires,s->slot);

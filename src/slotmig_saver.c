@@ -34,13 +34,14 @@
  *  - Eviction and the emptying of databases wait on the spot (slotmigThaw()).
  *  - Whatever else reaches a frozen dict, as a script's undeclared key, RM_Call, or a module's
  *    thread with the lock, waits on the spot, in kvstoreGetDict() (slotmigTouched()):
- *    so what was forgotten here is a short stall, never a race. It is counted.
+ *    so what was forgotten here is a short stall, never a race. It is counted. So does the
+ *    reply of a VADD CAS whose thread ends while its key is frozen.
  *
  * Values of modules are not saved by the thread: a slot that has one is saved
  * on the main thread, whole and at once, within MAIN_MAX_US; if that is not
  * enough it is TOO_LARGE as well. But for vector sets: what saves them only reads their graph,
  * which changes on the main thread alone, under a command with that key; their own threads read
- * it, too. As no save of a module can be stopped, one too large to begin with is TOO_LARGE.
+ * it, too. One that is too large to begin with is not tried.
  *
  * Threads. Between "gives" and "out of the dicts" the thread reads, and only
  * reads, the two dicts of each slot and the values in them; nobody else touches them.
@@ -69,9 +70,9 @@ ssize_t rdbSaveLongLongAsStringObject(rio *rdb, long long value);
 #define FREEZE_US 500               /* of a batch */
 #define FREEZE_MAX_US 5000          /* of one slot, on a small node: no fork stalls it for less; */
 #define FREEZE_LONGER_US 50000      /* on a large one, */
-#define FREEZE_SHARE 4              /* this part of what a fork takes; */
-#define FREEZE_EVICTS_US 2000       /* on one that evicts keys */
-#define FREEZE_FEW_US 10000         /* or twice the above: of one of a few, where a fork takes longer */
+#define FREEZE_SHARE 4              /* this part of what a fork takes */
+#define FREEZE_FEW_US 10000         /* or twice that: of one of a few, where a fork takes longer */
+#define FREEZE_EVICTS_US 2000       /* of one on a node that evicts keys */
 #define FORK_US_PER_MB 50           /* for how long it stalls a node, about: page tables are copied */
 #define MAIN_MAX_US 1000            /* of one slot, on the main thread */
 #define BATCH_MAX 256               /* slots */
@@ -81,8 +82,8 @@ ssize_t rdbSaveLongLongAsStringObject(rio *rdb, long long value);
 #define LOOK_WRITES 256             /* or writes */
 #define COPY_BYTES_PER_US 2000      /* of one large piece, into new memory */
 #define MAIN_MAX_BYTES (512*1024)   /* of a module's value that is saved on the main thread: its save cannot be stopped */
-#define VECTORS_BYTES_PER_US 200    /* of a vector set, for the thread */
 #define MAIN_MAX_EFFORT 512         /* and elements, as it tells them for freeing it */
+#define VECTORS_BYTES_PER_US 200    /* of a vector set, for the thread */
 #define FILLER_PERIOD 1000          /* ms without a byte; then the receiver gets a field that says nothing */
 #define KEEP_BUFFER (4*1024*1024)   /* bytes of the buffer that are kept for the next batch */
 
@@ -209,7 +210,8 @@ static size_t bufferWrite(rio *r, const void *buf, size_t len) {
  * side. A prefetch of what is not there is no fault. */
 
 #define AHEAD 32                        /* entries, or buckets */
-#define AHEAD_MAX_ENTRIES (64*1024)     /* of one value: more would not stay in the cache */
+#define AHEAD_MAX_ENTRIES (16*1024)     /* of one value: more would not stay in the cache, and nobody looks at the clock */
+#define AHEAD_MAX_BUCKETS 8             /* for each of them */
 
 /* An iterator that asks for the entries which it will come to. */
 typedef struct aheadIterator {
@@ -227,8 +229,10 @@ static dictEntry *aheadNext(aheadIterator *a) {
     unsigned long buckets = DICTHT_SIZE(d->ht_size_exp[0]);
     if (a->asked < buckets && a->it.table == 0 && a->it.index + AHEAD > (long)a->asked) {
         unsigned long to = a->asked + 2*AHEAD < buckets ? a->asked + 2*AHEAD : buckets;
-        for (; a->asked < to; a->asked++)
-            __builtin_prefetch((void*)((uintptr_t)d->ht_table[0][a->asked] & ~(uintptr_t)7));   /* the bits tell its kind */
+        for (; a->asked < to; a->asked++) {
+            dictEntry *de = d->ht_table[0][a->asked];
+            __builtin_prefetch(de ? (void*)((uintptr_t)de & ~(uintptr_t)7) : (void*)d);     /* the bits tell its kind */
+        }
     }
     return dictNext(&a->it);
 }
@@ -244,7 +248,7 @@ static void prefetchBytes(const char *p) {
 /* Entries, keys and values of a dict in a value. The value of an entry of a sorted set
  * is in the node of its skiplist. */
 static void prefetchDict(dict *d) {
-    if (dictSize(d) < AHEAD || dictSize(d) > AHEAD_MAX_ENTRIES) return;
+    if (dictSize(d) < AHEAD || dictSize(d) > AHEAD_MAX_ENTRIES || dictBuckets(d) > AHEAD_MAX_BUCKETS*dictSize(d)) return;
     aheadIterator a;
     dictEntry *de;
     aheadInit(&a,d);
@@ -324,6 +328,12 @@ static int takeKey(slotMigSaver *s, sds key, robj *o, long long expire) {
     return rdbSaveObject(rdb,o,&k,0) == -1 ? -1 : 0;
 }
 
+/* us until the deadline. */
+static unsigned long long timeLeft(slotMigSaver *s) {
+    unsigned long long now = processorTime();
+    return now < s->deadline ? s->deadline - now : 0;
+}
+
 /* A value of a module. What does not tell its size is not known to be. */
 static int isLarge(sds key, robj *o, size_t max_bytes) {
     robj k;
@@ -352,7 +362,7 @@ static takeResult takeSlot(slotMigSaver *s, frozenSlot *f, unsigned long long ma
         int module = o->refcount != OBJ_SHARED_REFCOUNT && o->type == OBJ_MODULE;
         int here = modules || (module && ((moduleValue*)o->ptr)->type == s->vectorset);
         if (module && !here) result = HAS_MODULE;
-        else if (module && max_us && isLarge(dictGetKey(de),o,modules ? MAIN_MAX_BYTES : max_us*VECTORS_BYTES_PER_US)) result = TOO_LARGE;
+        else if (module && max_us && isLarge(dictGetKey(de),o,modules ? MAIN_MAX_BYTES : timeLeft(s)*VECTORS_BYTES_PER_US)) result = TOO_LARGE;
         else if (takeKey(s,dictGetKey(de),o,expire ? dictGetSignedIntegerVal(expire) : -1) == -1) result = TOO_LARGE;
     }
     slotIteratorReset(&it);
@@ -790,6 +800,7 @@ static void clearBatch(slotMigSaver *s) {
  * after slotmigSaverCollect(). */
 void slotmigSaverFreeze(slotMigSaver *s, slotSet *left) {
     double us = 0;
+    if (s->max_us > FREEZE_EVICTS_US && evicts()) s->max_us = FREEZE_EVICTS_US;     /* it may since it started */
     clearBatch(s);
     for (int j = slotSetNext(left,0); j != -1 && s->n < BATCH_MAX; j = slotSetNext(left,j+1)) {
         unsigned long long keys = kvstoreDictSize(server.db->keys,j);

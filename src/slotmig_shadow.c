@@ -100,9 +100,10 @@ static void createSlotStores(kvstore **keys, kvstore **expires) {
 #define GIVE_BACK_BYTES (16*1024*1024)
 
 /* On a bio thread, like lazyfree.c's: the ebuckets first, for it is threaded
- * through the keys. What many keys leave is not kept for others: they went to another node. */
+ * through the keys. args[3]: what many keys leave is not kept for others, for they went to
+ * another node. */
 static void freeStores(void *args[]) {
-    size_t before = zmalloc_used_memory();
+    size_t before = args[3] ? zmalloc_used_memory() : 0;
     ebuckets field_expiry = args[2];
     ebDestroy(&field_expiry,&hashExpireBucketsType,NULL);
     kvstoreRelease(args[1]);
@@ -110,8 +111,8 @@ static void freeStores(void *args[]) {
     if (zmalloc_used_memory() + GIVE_BACK_BYTES < before) zmallocGiveBack();
 }
 
-static void freeStoresInBackground(kvstore *keys, kvstore *expires, ebuckets field_expiry) {
-    bioCreateLazyFreeJob(freeStores,3,keys,expires,field_expiry);
+static void freeStoresInBackground(kvstore *keys, kvstore *expires, ebuckets field_expiry, int gives_back) {
+    bioCreateLazyFreeJob(freeStores,4,keys,expires,field_expiry,(void*)(long)gives_back);
 }
 
 /* ---- shadows ---- */
@@ -179,7 +180,7 @@ unsigned long long slotmigShadowMerge(slotMigShadow *s) {
     unsigned long long keys = kvstoreSize(s->db.keys);
     kvstoreMoveAll(s->db.keys,db->keys);
     kvstoreMoveAll(s->db.expires,db->expires);
-    freeStoresInBackground(s->db.keys,s->db.expires,ebCreate());    /* empty, but large */
+    freeStoresInBackground(s->db.keys,s->db.expires,ebCreate(),0);  /* empty, but large */
     freeWaitingDicts(&s->db);
     s->state = SHADOW_DRAINING;
     return keys;
@@ -190,7 +191,7 @@ static void freeKeys(slotMigShadow *s) {
     if (kvstoreSize(s->db.keys) && slotmigModulesListen())
         slotmigLimboFree(createLimbo(s->db.keys,s->db.expires,s->db.hexpires,LIMBO_UNLINK));
     else
-        freeStoresInBackground(s->db.keys,s->db.expires,s->db.hexpires);
+        freeStoresInBackground(s->db.keys,s->db.expires,s->db.hexpires,1);
     s->db.keys = s->db.expires = NULL;
     s->db.hexpires = ebCreate();
 }
@@ -291,6 +292,7 @@ struct slotMigLimbo {
     kvstore *keys, *expires;
     ebuckets field_expiry;  /* of a shadow that was dropped */
     int work;
+    int replaced;           /* others take the place of its keys at once */
     int slot;               /* next to look at */
     unsigned long long cursor;
 };
@@ -327,6 +329,11 @@ slotMigLimbo *slotmigLimboCreate(void) {
     kvstore *keys, *expires;
     createSlotStores(&keys,&expires);
     return createLimbo(keys,expires,ebCreate(),slotmigModulesListen() ? LIMBO_LEAVE : 0);
+}
+
+/* Others take the place of what it takes: the allocator may keep the memory for them. */
+void slotmigLimboIsReplaced(slotMigLimbo *limbo) {
+    limbo->replaced = 1;
 }
 
 /* Take a slot out of database 0. The number of its keys. */
@@ -409,7 +416,7 @@ void slotmigLimboFree(slotMigLimbo *limbo) {
         return;
     }
     listDelNode(limbos,listSearchKey(limbos,limbo));
-    freeStoresInBackground(limbo->keys,limbo->expires,limbo->field_expiry);
+    freeStoresInBackground(limbo->keys,limbo->expires,limbo->field_expiry,!limbo->replaced);
     zfree(limbo);
 }
 
