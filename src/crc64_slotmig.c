@@ -1,4 +1,4 @@
-/* crc64_slotmig.c -- a part of crc64.c: the same sum four times as fast, where the processor
+/* crc64_slotmig.c -- a part of crc64.c: the same sum three to six times as fast, where the processor
  * multiplies without carry.
  *
  * Everything that a migration moves is summed twice, by who sends and by who receives; by tables

@@ -68,7 +68,7 @@
 ssize_t rdbSaveLongLongAsStringObject(rio *rdb, long long value);
 
 #define FREEZE_US 500               /* of a batch */
-#define FREEZE_MAX_US 5000          /* of one slot, on a small node: no fork stalls it for less; */
+#define FREEZE_MAX_US 5000          /* of one slot, on a small node; */
 #define FREEZE_LONGER_US 50000      /* on a large one, */
 #define FREEZE_SHARE 4              /* this part of what a fork takes */
 #define FREEZE_FEW_US 10000         /* or twice that: of one of a few, where a fork takes longer */

@@ -543,6 +543,7 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
             failpoint 0 source_in_freeze off
             wait_migrated 0 2 $id
             assert_equal thread [job_field 0 $id snapshot-by]
+            assert_equal 0 [freeze_field 0 on_main_thread]
             assert_same_dump $dump [slots_dump 2 5]
         }
     }
