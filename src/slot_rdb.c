@@ -86,13 +86,38 @@ int slotRdbSectionHead(rio *rdb, int slot, uint64_t keys, uint64_t expires) {
     return rdbSaveLen(rdb,expires) == -1 ? -1 : 0;
 }
 
+/* An RDB is written in pieces of a few bytes, and a sum costs least of many at once. Those of
+ * the section that is open and not summed yet; each thread writes one section at a time. */
+static __thread struct {
+    size_t n;
+    unsigned char bytes[4096];
+} unsummed;
+
+static void sumRest(rio *rdb) {
+    rdb->cksum = crc64(rdb->cksum,unsummed.bytes,unsummed.n);
+    unsummed.n = 0;
+}
+
+static void sumLater(rio *rdb, const void *p, size_t len) {
+    if (len > sizeof(unsummed.bytes) - unsummed.n) sumRest(rdb);
+    if (len >= sizeof(unsummed.bytes)) {
+        rdb->cksum = crc64(rdb->cksum,p,len);
+    } else {
+        memcpy(unsummed.bytes+unsummed.n,p,len);
+        unsummed.n += len;
+    }
+}
+
 /* The rio sums one section at a time; the file's own sum is put together from
- * the sections' when they end, so nothing is read twice. */
+ * the sections' when they end, so nothing is read twice. Within a section the
+ * rio's sum is behind. */
 void slotRdbSectionOpen(slotRdbWriter *w, int slot, uint64_t keys, uint64_t expires) {
     w->section = (slotRdbSection){ .slot = slot, .keys = keys, .expires = expires,
         .offset = w->rdb->processed_bytes - w->start };
     w->outer_crc = w->rdb->cksum;
     w->rdb->cksum = 0;
+    unsummed.n = 0;
+    if (w->rdb->update_cksum == rioGenericUpdateChecksum) w->rdb->update_cksum = sumLater;
 }
 
 int slotRdbSectionBegin(slotRdbWriter *w, int slot, uint64_t keys, uint64_t expires) {
@@ -101,6 +126,10 @@ int slotRdbSectionBegin(slotRdbWriter *w, int slot, uint64_t keys, uint64_t expi
 }
 
 int slotRdbSectionEnd(slotRdbWriter *w) {
+    if (w->rdb->update_cksum == sumLater) {
+        sumRest(w->rdb);
+        w->rdb->update_cksum = rioGenericUpdateChecksum;
+    }
     w->section.bytes = w->rdb->processed_bytes - w->start - w->section.offset;
     w->section.crc = w->rdb->cksum;
     w->rdb->cksum = slotRdbCombineCrc(w->outer_crc,w->section.crc,w->section.bytes);

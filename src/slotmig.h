@@ -131,6 +131,7 @@ struct dict *kvstoreSlotDict(struct _kvstore *kvs, int didx); /* NULL: none; loo
 void kvstorePrefetchDict(struct _kvstore *kvs, int didx);  /* its size is wanted soon; any place, there or not */
 
 /* ---- zmalloc_slotmig.c, part of zmalloc.c ---- */
+void zmallocPopulates(void);                        /* this thread fills much memory, until it ends */
 void zmallocGiveBack(void);                         /* what was freed, to the system; any thread but the main one, takes long */
 
 /* ---- slot_rdb.c: the sections and the index of every RDB that a cluster node writes.
@@ -140,6 +141,11 @@ ssize_t slotRdbSaveSlot(int slot, uint64_t keys, uint64_t expires); /* its keys 
 void slotRdbSaveSlotEnd(void);                      /* no key follows */
 int slotRdbSaveIndex(void);                         /* EOF and checksum follow */
 int slotRdbLoadAux(struct _rio *rdb, const char *name, const char *value, size_t len); /* an AUX field that was read; 1: it was ours */
+
+/* ---- slot_rdb_ahead.c: large values, with memory asked for ahead of its use. Any thread ---- */
+/* The *left members of a set, or fields of a hash, from the rio into its dict. 0: all; else
+ * what was read of those is freed, and the error is reported. *left is 0 then. */
+int slotRdbLoadDict(struct _rio *rdb, struct dict *d, uint64_t *left, int hash);
 
 /* ---- slot_rdb_load.c: the sections of a file's RDB, loaded by several threads ---- */
 void slotRdbLoadBegin(struct _rio *rdb, int rdbflags);  /* nothing of it is read yet */

@@ -692,6 +692,7 @@ static void *loaderMain(void *arg) {
     makeThreadKillable();
     slotmigLowerPriority();
     this_reader = &l->reader;
+    zmallocPopulates();
     int res = loadSnapshot(l);
     if (res == C_ERR) loaderFail(l,"the snapshot cannot be read at offset %llu",(unsigned long long)l->offset);
     slotmigSectionFree(l->section);

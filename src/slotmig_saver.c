@@ -59,6 +59,7 @@
 
 #include "slotmig_job.h"
 #include "slot_rdb.h"
+#include "slot_rdb_ahead.h"
 #include "eventnotifier.h"
 #include "bio.h"
 #include <signal.h>
@@ -203,109 +204,6 @@ static size_t bufferWrite(rio *r, const void *buf, size_t len) {
     return !stop && !(s->deadline && processorTime() > s->deadline);
 }
 
-/* ---- what is read next, in time ----
- *
- * Serializing is waiting for memory: entries, keys and values lie anywhere, and each is
- * reached through the one before. Asked for some ahead of their use they come side by
- * side. A prefetch of what is not there is no fault. */
-
-#define AHEAD 32                        /* entries, or buckets */
-#define AHEAD_MAX_ENTRIES (16*1024)     /* of one value: more would not stay in the cache, and nobody looks at the clock */
-#define AHEAD_MAX_BUCKETS 8             /* for each of them */
-
-/* An iterator that asks for the entries which it will come to. */
-typedef struct aheadIterator {
-    dictIterator it;
-    unsigned long asked;                /* buckets of the first table */
-} aheadIterator;
-
-static void aheadInit(aheadIterator *a, dict *d) {
-    a->asked = 0;
-    dictInitIterator(&a->it,d);
-}
-
-static dictEntry *aheadNext(aheadIterator *a) {
-    dict *d = a->it.d;
-    unsigned long buckets = DICTHT_SIZE(d->ht_size_exp[0]);
-    if (a->asked < buckets && a->it.table == 0 && a->it.index + AHEAD > (long)a->asked) {
-        unsigned long to = a->asked + 2*AHEAD < buckets ? a->asked + 2*AHEAD : buckets;
-        for (; a->asked < to; a->asked++) {
-            dictEntry *de = d->ht_table[0][a->asked];
-            __builtin_prefetch(de ? (void*)((uintptr_t)de & ~(uintptr_t)7) : (void*)d);     /* the bits tell its kind */
-        }
-    }
-    return dictNext(&a->it);
-}
-
-static void prefetchKey(const char *p) {
-    __builtin_prefetch(p-1);            /* the kind of a string is before it */
-}
-
-static void prefetchBytes(const char *p) {
-    for (int i = -1; i < 128; i += 64) __builtin_prefetch(p+i);
-}
-
-/* Entries, keys and values of a dict in a value. The value of an entry of a sorted set
- * is in the node of its skiplist. */
-static void prefetchDict(dict *d) {
-    if (dictSize(d) < AHEAD || dictSize(d) > AHEAD_MAX_ENTRIES || dictBuckets(d) > AHEAD_MAX_BUCKETS*dictSize(d)) return;
-    aheadIterator a;
-    dictEntry *de;
-    aheadInit(&a,d);
-    while ((de = aheadNext(&a)) != NULL) {
-        prefetchKey(dictGetKey(de));
-        if (!d->type->no_value) prefetchBytes(dictGetVal(de));
-    }
-    dictResetIterator(&a.it);
-}
-
-static void prefetchValue(robj *o) {
-    if (o->type == OBJ_HASH && o->encoding == OBJ_ENCODING_HT) prefetchDict(o->ptr);
-    else if (o->type == OBJ_SET && o->encoding == OBJ_ENCODING_HT) prefetchDict(o->ptr);
-    else if (o->type == OBJ_ZSET && o->encoding == OBJ_ENCODING_SKIPLIST) prefetchDict(((zset*)o->ptr)->dict);
-}
-
-/* The keys of a slot, in two steps: while some are serialized, those behind them come. */
-typedef struct slotIterator {
-    aheadIterator a;
-    dictEntry *now[AHEAD], *next[AHEAD];
-    int at, n, n_next;
-} slotIterator;
-
-static void slotIteratorFill(slotIterator *it) {
-    dictEntry *de;
-    it->n_next = 0;
-    while (it->n_next < AHEAD && (de = aheadNext(&it->a)) != NULL) {
-        prefetchKey(dictGetKey(de));
-        __builtin_prefetch(dictGetVal(de));
-        it->next[it->n_next++] = de;
-    }
-}
-
-static void slotIteratorInit(slotIterator *it, dict *keys) {
-    it->at = it->n = 0;
-    aheadInit(&it->a,keys);
-    slotIteratorFill(it);
-}
-
-static dictEntry *slotIteratorNext(slotIterator *it) {
-    if (it->at < it->n) return it->now[it->at++];
-    memcpy(it->now,it->next,it->n_next*sizeof(it->now[0]));
-    it->n = it->n_next;
-    it->at = 0;
-    if (it->n == 0) return NULL;
-    for (int i = 0; i < it->n; i++) {
-        robj *o = dictGetVal(it->now[i]);
-        if (o->refcount != OBJ_SHARED_REFCOUNT && o->encoding != OBJ_ENCODING_INT && o->encoding != OBJ_ENCODING_EMBSTR) prefetchBytes(o->ptr);
-    }
-    slotIteratorFill(it);
-    return it->now[it->at++];
-}
-
-static void slotIteratorReset(slotIterator *it) {
-    dictResetIterator(&it->a.it);
-}
-
 static int takeKey(slotMigSaver *s, sds key, robj *o, long long expire) {
     rio *rdb = &s->into;
     robj k;
@@ -323,7 +221,6 @@ static int takeKey(slotMigSaver *s, sds key, robj *o, long long expire) {
     } else {
         if (rdbSaveType(rdb,RDB_OPCODE_IDLE) == -1 || rdbSaveLen(rdb,estimateObjectIdleTime(o)/1000) == -1) return -1;
     }
-    prefetchValue(o);
     if (rdbSaveObjectType(rdb,o) == -1 || rdbSaveStringObject(rdb,&k) == -1) return -1;
     return rdbSaveObject(rdb,o,&k,0) == -1 ? -1 : 0;
 }
@@ -344,7 +241,7 @@ static int isLarge(sds key, robj *o, size_t max_bytes) {
 /* A section, without what comes behind it, at the end of the buffer. */
 static takeResult takeSlot(slotMigSaver *s, frozenSlot *f, unsigned long long max_us, int modules) {
     takeResult result = TAKEN;
-    slotIterator it;
+    aheadKeys it;
     dictEntry *de;
     if (max_us && slotmigFailPoint(FP_source_slot_takes_long) == FAILPOINT_FAIL && (long long)max_us < slotmigFailPointAt(FP_source_slot_takes_long))
         result = TOO_LARGE;
@@ -354,8 +251,8 @@ static takeResult takeSlot(slotMigSaver *s, frozenSlot *f, unsigned long long ma
     taking = s;
     rioClearErrors(&s->into);
     if (result == TAKEN && slotRdbSectionHead(&s->into,f->slot,f->nkeys,f->nexpires) == -1) result = TOO_LARGE;
-    slotIteratorInit(&it,f->keys);
-    while (result == TAKEN && (de = slotIteratorNext(&it)) != NULL) {
+    aheadKeysInit(&it,f->keys);
+    while (result == TAKEN && (de = aheadKeysNext(&it)) != NULL) {
         robj *o = dictGetVal(de);
         dictEntry *expire = f->expires ? dictFind(f->expires,dictGetKey(de)) : NULL;
         /* (The type of an integer that keys share is beside its time, which others write.) */
@@ -365,7 +262,6 @@ static takeResult takeSlot(slotMigSaver *s, frozenSlot *f, unsigned long long ma
         else if (module && max_us && isLarge(dictGetKey(de),o,modules ? MAIN_MAX_BYTES : timeLeft(s)*VECTORS_BYTES_PER_US)) result = TOO_LARGE;
         else if (takeKey(s,dictGetKey(de),o,expire ? dictGetSignedIntegerVal(expire) : -1) == -1) result = TOO_LARGE;
     }
-    slotIteratorReset(&it);
     taking = NULL;
     if (result != TAKEN) sdssetlen(s->buffer,f->begin);
     f->end = sdslen(s->buffer);

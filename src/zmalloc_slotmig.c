@@ -1,5 +1,6 @@
-/* zmalloc_slotmig.c -- a part of zmalloc.c: threads that end give their counter back,
- * and memory that many keys leave goes back to the system.
+/* zmalloc_slotmig.c -- a part of zmalloc.c: threads that end give their counter back, what an
+ * allocation takes is known by its size, a thread that loads has its pages made many at
+ * once, and memory that many keys leave goes back to the system.
  *
  * Each thread counts what it allocates in a counter of its own, of 16, and so the sum is cheap: it is
  * made for every command. Upstream's threads live as long as the server. Those of a slot migration do not:
@@ -12,6 +13,9 @@
  * Public License v3 (AGPLv3), see LICENSE. */
 
 #include <pthread.h>
+#include <errno.h>
+
+/* ---- counters ---- */
 
 static unsigned idle_indexes;       /* bits: of threads that have ended; atomic */
 static pthread_key_t index_key;     /* of each thread: its index, plus one */
@@ -42,6 +46,120 @@ static __attribute__((noinline,cold)) long takeThreadIndex(void) {
     if (has_index_key) pthread_setspecific(index_key,(void*)(index+1));
     return index;
 }
+
+/* ---- what an allocation takes ---- */
+
+#if defined(USE_JEMALLOC) && !defined(USE_SYSTEM_JEMALLOC)
+
+/* Every allocation is counted with what it takes. The allocator tells that by the place, too, but looks
+ * it up in memory for it; of a size asked for it is one of its classes. So with free(), which is
+ * told the size that zfree() needs anyway. */
+#define SMALL_SIZE 4096
+static uint16_t size_classes[SMALL_SIZE/8+1];       /* by eighths of the bytes asked for, rounded up; only read from main() on */
+
+__attribute__((constructor)) static void fillSizeClasses(void) {
+    for (size_t size = 8; size <= SMALL_SIZE; size += 8) size_classes[size/8] = je_nallocx(size,0);
+}
+
+/* Of `ptr`, that malloc() gave for `size`, or for the least there is if that is 0. */
+static inline size_t allocatedSize(void *ptr, size_t size) {
+    UNUSED(ptr);
+    size = MALLOC_MIN_SIZE(size);
+    return likely(size <= SMALL_SIZE) ? size_classes[(size+7)/8] : je_nallocx(size,0);
+}
+
+#define freeSized(ptr,size) je_sdallocx(ptr,size,0)     /* `size` is zmalloc_size(ptr) */
+
+#else
+
+#define allocatedSize(ptr,size) zmalloc_size(ptr)
+#define freeSized(ptr,size) free(ptr)
+
+#endif
+
+/* ---- pages, many at once ---- */
+
+#if defined(USE_JEMALLOC) && !defined(USE_SYSTEM_JEMALLOC) && defined(__linux__)
+
+#include <sys/mman.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23      /* Linux 5.14 */
+#endif
+
+/* A thread that loads gigabytes spends a third of its time in faults of fresh pages, half of that on
+ * the way there and back. jemalloc takes its memory as address space first and *commits*
+ * what it uses; hooks of the thread's arena make the pages then, to the next multiple
+ * of this. What is made beyond is used next, as a rule; if not, it is this little. It may belong to
+ * something else: then it is there, or is made for that, and nothing of it changes. */
+#define POPULATE_BYTES (64*1024)
+
+static __thread int populates;
+static __thread char *populated_from, *populated_to;
+static extent_hooks_t *plain_hooks, populating_hooks;
+
+static void *allocUncommitted(extent_hooks_t *hooks, void *addr, size_t size, size_t alignment, bool *zero, bool *commit, unsigned arena) {
+    UNUSED(hooks);
+    bool wanted = *commit;
+    void *p = plain_hooks->alloc(plain_hooks,addr,size,alignment,zero,commit,arena);
+    if (p && !wanted) *commit = false;
+    return p;
+}
+
+static bool commitPopulated(extent_hooks_t *hooks, void *addr, size_t size, size_t offset, size_t length, unsigned arena) {
+    UNUSED(hooks); UNUSED(size); UNUSED(arena);
+    if (!populates) return false;
+    char *from = (char*)addr+offset, *to = from+length;
+    if (from < populated_from || from > populated_to) populated_from = populated_to = from;     /* somewhere else */
+    if (to <= populated_to) return false;
+    from = populated_to;
+    populated_to = (char*)(((uintptr_t)to + POPULATE_BYTES-1) & ~(uintptr_t)(POPULATE_BYTES-1));
+    int error = errno;
+    /* If it cannot be done, pages are made one by one, as ever. */
+    if (madvise(from,populated_to-from,MADV_POPULATE_WRITE) == -1 && errno == EINVAL) populates = 0;
+    errno = error;
+    return false;
+}
+
+static bool decommit(extent_hooks_t *hooks, void *addr, size_t size, size_t offset, size_t length, unsigned arena) {
+    UNUSED(hooks); UNUSED(size); UNUSED(arena);
+    return madvise((char*)addr+offset,length,MADV_DONTNEED) != 0;
+}
+
+/* The same for each arena: what their hooks are before. */
+static void makePopulatingHooks(void) {
+    size_t len = sizeof(plain_hooks);
+    if (je_mallctl("arena.0.extent_hooks",&plain_hooks,&len,NULL,0)) return;
+    populating_hooks = *plain_hooks;
+    populating_hooks.alloc = allocUncommitted;
+    populating_hooks.commit = commitPopulated;
+    populating_hooks.decommit = decommit;
+}
+
+/* This thread will allocate and fill much memory: until it ends. The hooks stay with its
+ * arena, for the next one; other threads that allocate there are not concerned. */
+void zmallocPopulates(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    extent_hooks_t *now, *ours = &populating_hooks;
+    unsigned arena;
+    char name[64];
+    size_t len = sizeof(arena);
+    pthread_once(&once,makePopulatingHooks);
+    if (plain_hooks == NULL || je_mallctl("thread.arena",&arena,&len,NULL,0)) return;
+    snprintf(name,sizeof(name),"arena.%u.extent_hooks",arena);
+    len = sizeof(now);
+    if (je_mallctl(name,&now,&len,NULL,0)) return;
+    if (now == plain_hooks && je_mallctl(name,NULL,NULL,&ours,sizeof(ours))) return;
+    populates = now == plain_hooks || now == ours;
+}
+
+#else
+
+void zmallocPopulates(void) {}
+
+#endif
+
+/* ---- memory that is not needed any more ---- */
 
 #define DIRTY_MAX (8*1024*1024)     /* bytes that the allocator may keep */
 #define DIRTY_TRIES 200
