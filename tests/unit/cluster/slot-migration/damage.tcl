@@ -76,4 +76,41 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         R 2 config set propagation-error-behavior ignore
         assert_equal PONG [R 2 ping]
     }
+
+    # Large values are read in batches, and asked for ahead.
+    test "A large hash or set that has a member twice, or ends too early, is refused whole" {
+        fresh
+        R 0 config set rdbcompression no
+        R 0 debug set-skip-checksum-validation 1
+        foreach {type add} {hash hset set sadd} {
+            set key [key_in 5 $type]
+            set words {}
+            for {set i 0} {$i < 1000} {incr i} {
+                lappend words member:[format %04d $i]
+                if {$type eq "hash"} {lappend words value:$i}
+            }
+            R 0 $add $key {*}$words
+            assert_encoding hashtable $key
+            set dump [R 0 dump $key]
+            set digest [debug_digest_value $key]
+            R 0 del $key
+            # Of one batch with the first, of another, and the last one.
+            foreach i {1 500 999} {
+                set twice [string map [list member:[format %04d $i] member:0000] $dump]
+                assert_equal [string length $dump] [string length $twice]
+                assert {$twice ne $dump}
+                assert_error "*Bad data format*" {R 0 restore $key 0 $twice}
+                assert_equal 0 [R 0 exists $key]
+            }
+            foreach n {20 300 5000} {
+                set short [string range $dump 0 $n][string range $dump end-9 end]
+                assert_error "*Bad data format*" {R 0 restore $key 0 $short}
+                assert_equal 0 [R 0 exists $key]
+            }
+            R 0 restore $key 0 $dump
+            assert_equal $digest [debug_digest_value $key]
+        }
+        R 0 debug set-skip-checksum-validation 0
+        R 0 config set rdbcompression yes
+    }
 }

@@ -260,4 +260,21 @@ start_cluster 3 0 {tags {external:skip cluster} overrides {cluster-slot-migratio
             fail "a turn of [CI 0 cluster_slot_migration_longest_turn_us] us"
         }
     }
+
+    # An allocation is counted by the size asked for, and its end by its place. (Lua's own memory is 24 KB more or less.)
+    test "What allocations of any size take is counted as they come and as they go" {
+        fresh
+        set script {
+            local size = 1
+            while size < 5200 do
+                local value = string.rep('x', size)
+                for i = 1, 1000 do redis.call('SET', KEYS[1], value) redis.call('DEL', KEYS[1]) end
+                size = size + (size < 200 and 4 or 32)
+            end
+        }
+        R 0 eval $script 1 [key_in 5 a]
+        set before [status [Rn 0] used_memory]
+        R 0 eval $script 1 [key_in 5 a]
+        assert_lessthan [expr {abs([status [Rn 0] used_memory] - $before)}] 40000
+    }
 }
