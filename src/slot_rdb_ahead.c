@@ -16,6 +16,8 @@
 /* upstream's, not declared in its headers */
 void rdbReportError(int corruption_error, int linenum, char *reason, ...) __attribute__((format(printf,3,4)));
 
+#define SORTED_SET_MAX (16*1024)
+
 static void prefetchKey(const char *p) {
     __builtin_prefetch(p-1);            /* the kind of a string is before it */
 }
@@ -43,6 +45,7 @@ static dictEntry *nextEntry(aheadIterator *a) {
     if (a->it.table == 0) {
         unsigned long buckets = DICTHT_SIZE(d->ht_size_exp[0]), to = a->it.index + 1 + 2*AHEAD;
         if (to > buckets) to = buckets;
+        if ((long)a->asked <= a->it.index) a->asked = a->it.index + 1;  /* it leaps over those that were moved to the other table */
         for (; a->asked < to; a->asked++)
             if (d->ht_table[0][a->asked]) prefetchEntry(d->ht_table[0][a->asked]);
     }
@@ -83,6 +86,15 @@ dictEntry *aheadKeysNext(aheadKeys *a) {
     a->first = (a->first+1) % (AHEAD/2);
     a->n--;
     return de;
+}
+
+/* Members and nodes of a sorted set, which is serialized by its skiplist: but for a large one, which
+ * would not stay in the cache. */
+void aheadSortedSet(zset *zs) {
+    aheadIterator a;
+    if (dictSize(zs->dict) < AHEAD || dictSize(zs->dict) > SORTED_SET_MAX || dictBuckets(zs->dict) > 8*dictSize(zs->dict)) return;
+    aheadInit(&a,zs->dict);
+    while (aheadNext(&a)) continue;
 }
 
 /* ---- to load ---- */

@@ -29,4 +29,7 @@ typedef struct aheadKeys {
 void aheadKeysInit(aheadKeys *a, dict *keys);
 dictEntry *aheadKeysNext(aheadKeys *a);
 
+struct zset;
+void aheadSortedSet(struct zset *zs);   /* all of it will be looked at */
+
 #endif

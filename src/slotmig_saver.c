@@ -221,6 +221,7 @@ static int takeKey(slotMigSaver *s, sds key, robj *o, long long expire) {
     } else {
         if (rdbSaveType(rdb,RDB_OPCODE_IDLE) == -1 || rdbSaveLen(rdb,estimateObjectIdleTime(o)/1000) == -1) return -1;
     }
+    if (o->type == OBJ_ZSET && o->encoding == OBJ_ENCODING_SKIPLIST) aheadSortedSet(o->ptr);
     if (rdbSaveObjectType(rdb,o) == -1 || rdbSaveStringObject(rdb,&k) == -1) return -1;
     return rdbSaveObject(rdb,o,&k,0) == -1 ? -1 : 0;
 }

@@ -90,13 +90,16 @@ static inline size_t allocatedSize(void *ptr, size_t size) {
 /* A thread that loads gigabytes spends a third of its time in faults of fresh pages, half of that on
  * the way there and back. jemalloc takes its memory as address space first and *commits*
  * what it uses; hooks of the thread's arena make the pages then, to the next multiple
- * of this. What is made beyond is used next, as a rule; if not, it is this little. It may belong to
- * something else: then it is there, or is made for that, and nothing of it changes. */
+ * of POPULATE_BYTES. What is made beyond is used next, as a rule; if not, it is this little. It may
+ * belong to something else: then it is there, or is made for that, and nothing of it changes.
+ * Where it cannot be done, pages are made one by one, as ever. The arena is locked
+ * meanwhile, hence POPULATE_MAX of one allocation, and never the main thread's arena. */
 #define POPULATE_BYTES (64*1024)
+#define POPULATE_MAX (256*1024)
 
 static __thread int populates;
 static __thread char *populated_from, *populated_to;
-static extent_hooks_t *plain_hooks, populating_hooks;
+static extent_hooks_t *plain_hooks, populating_hooks;   /* NULL: not to be changed; set once */
 
 static void *allocUncommitted(extent_hooks_t *hooks, void *addr, size_t size, size_t alignment, bool *zero, bool *commit, unsigned arena) {
     UNUSED(hooks);
@@ -106,6 +109,14 @@ static void *allocUncommitted(extent_hooks_t *hooks, void *addr, size_t size, si
     return p;
 }
 
+static void populate(char *from, char *to, char *ahead) {
+    int error = errno;
+    /* What is ahead may be a guard of something else: EINVAL. So it is of a system that knows no such advice. */
+    if (madvise(from,ahead-from,MADV_POPULATE_WRITE) == -1 && errno == EINVAL &&
+        (to == ahead || (madvise(from,to-from,MADV_POPULATE_WRITE) == -1 && errno == EINVAL))) populates = 0;
+    errno = error;
+}
+
 static bool commitPopulated(extent_hooks_t *hooks, void *addr, size_t size, size_t offset, size_t length, unsigned arena) {
     UNUSED(hooks); UNUSED(size); UNUSED(arena);
     if (!populates) return false;
@@ -113,24 +124,32 @@ static bool commitPopulated(extent_hooks_t *hooks, void *addr, size_t size, size
     if (from < populated_from || from > populated_to) populated_from = populated_to = from;     /* somewhere else */
     if (to <= populated_to) return false;
     from = populated_to;
+    if (to-from > POPULATE_MAX) to = from+POPULATE_MAX;
     populated_to = (char*)(((uintptr_t)to + POPULATE_BYTES-1) & ~(uintptr_t)(POPULATE_BYTES-1));
-    int error = errno;
-    /* If it cannot be done, pages are made one by one, as ever. */
-    if (madvise(from,populated_to-from,MADV_POPULATE_WRITE) == -1 && errno == EINVAL) populates = 0;
-    errno = error;
+    populate(from,to,populated_to);
     return false;
 }
 
 static bool decommit(extent_hooks_t *hooks, void *addr, size_t size, size_t offset, size_t length, unsigned arena) {
-    UNUSED(hooks); UNUSED(size); UNUSED(arena);
-    return madvise((char*)addr+offset,length,MADV_DONTNEED) != 0;
+    UNUSED(hooks);
+    return plain_hooks->purge_forced == NULL || plain_hooks->purge_forced(plain_hooks,addr,size,offset,length,arena);
 }
 
-/* The same for each arena: what their hooks are before. */
+/* The same for each arena: what their hooks are before. Where the system does not overcommit, a
+ * commit is more than that, and left alone: memory comes committed only where it does. */
 static void makePopulatingHooks(void) {
-    size_t len = sizeof(plain_hooks);
-    if (je_mallctl("arena.0.extent_hooks",&plain_hooks,&len,NULL,0)) return;
-    populating_hooks = *plain_hooks;
+    extent_hooks_t *hooks;
+    size_t page, len = sizeof(hooks);
+    bool zero = false, committed = false;
+    if (je_mallctl("arena.0.extent_hooks",&hooks,&len,NULL,0)) return;
+    len = sizeof(page);
+    if (je_mallctl("arenas.page",&page,&len,NULL,0) || !hooks->destroy) return;
+    void *probe = hooks->alloc(hooks,NULL,page,page,&zero,&committed,0);
+    if (probe == NULL) return;
+    hooks->destroy(hooks,probe,page,committed,0);
+    if (!committed) return;
+    plain_hooks = hooks;
+    populating_hooks = *hooks;
     populating_hooks.alloc = allocUncommitted;
     populating_hooks.commit = commitPopulated;
     populating_hooks.decommit = decommit;
@@ -145,7 +164,7 @@ void zmallocPopulates(void) {
     char name[64];
     size_t len = sizeof(arena);
     pthread_once(&once,makePopulatingHooks);
-    if (plain_hooks == NULL || je_mallctl("thread.arena",&arena,&len,NULL,0)) return;
+    if (plain_hooks == NULL || je_mallctl("thread.arena",&arena,&len,NULL,0) || arena == 0) return;
     snprintf(name,sizeof(name),"arena.%u.extent_hooks",arena);
     len = sizeof(now);
     if (je_mallctl(name,&now,&len,NULL,0)) return;
