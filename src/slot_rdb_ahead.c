@@ -100,7 +100,7 @@ void aheadSortedSet(zset *zs) {
 /* ---- to load ---- */
 
 #define LOAD_AHEAD 16
-#define IN_CACHE_EXP 14                 /* a table of so many buckets, as a power of two, is in the cache anyway */
+#define IN_CACHE_EXP 10                 /* a table of so many buckets, as a power of two, is in the cache anyway */
 
 static dictEntry **bucketOf(dict *d, uint64_t hash) {
     return &d->ht_table[0][hash & DICTHT_SIZE_MASK(d->ht_size_exp[0])];
