@@ -24,6 +24,7 @@
 #include "slotmig_job.h"
 #include <sys/socket.h>
 #include "bio.h"
+#include "connhelpers.h"
 
 void keepClientInMainThread(client *c);     /* iothread.c */
 
@@ -273,6 +274,8 @@ void slotmigLinkTick(slotMigLink *l) {
     if (server.mstime - l->last_write > ALIVE_PERIOD && listLength(l->out) == 0)
         slotmigLinkSend(l,slotmigFrameStart(FRAME_ALIVE));
     slotmigLinkFlush(l);
+    /* What the peer said before it closed is there still: why it did. */
+    if (l->broken && !l->stopped_full && !callHandler(l->conn,linkReadHandler)) return;
     if (l->broken || slotmigFailPoint(FP_link_is_lost) == FAILPOINT_FAIL)
         linkClose(l,"the connection was closed");
     else if (!l->stopped_full && server.mstime - l->last_read > server.repl_timeout*1000LL)
