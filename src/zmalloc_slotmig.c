@@ -55,7 +55,7 @@ static __attribute__((noinline,cold)) long takeThreadIndex(void) {
  * it up in memory for it; of a size asked for it is one of its classes. So with free(), which is
  * told the size that zfree() needs anyway. */
 #define SMALL_SIZE 4096
-static uint16_t size_classes[SMALL_SIZE/8+1];       /* by eighths of the bytes asked for, rounded up; only read from main() on */
+static uint16_t size_classes[SMALL_SIZE/8+1];       /* of so many units of 8 bytes; only read from main() on */
 
 __attribute__((constructor)) static void fillSizeClasses(void) {
     for (size_t size = 8; size <= SMALL_SIZE; size += 8) size_classes[size/8] = je_nallocx(size,0);
