@@ -115,8 +115,6 @@ static void prefetchPlaces(dict *d, void **keys, int n) {
     for (int i = 0; i < n; i++) if (*buckets[i]) prefetchKey(dictGetKey(*buckets[i]));
 }
 
-/* The members that are left of a set, or the fields and values of a hash, into its dict.
- * C_ERR: what was read is freed, the dict is the caller's. *left is 0 then, too. */
 int slotRdbLoadDict(rio *rdb, dict *d, uint64_t *left, int hash) {
     void *keys[LOAD_AHEAD], *values[LOAD_AHEAD];
     int kind = hash ? RDB_LOAD_HFLD : RDB_LOAD_SDS, res = C_OK;

@@ -143,8 +143,8 @@ int slotRdbSaveIndex(void);                         /* EOF and checksum follow *
 int slotRdbLoadAux(struct _rio *rdb, const char *name, const char *value, size_t len); /* an AUX field that was read; 1: it was ours */
 
 /* ---- slot_rdb_ahead.c: large values, with memory asked for ahead of its use. Any thread ---- */
-/* The *left members of a set, or fields of a hash, from the rio into its dict. 0: all; else
- * what was read of those is freed, and the error is reported. *left is 0 then. */
+/* The *left members of a set, or fields of a hash, from the rio into its dict. C_ERR:
+ * what was read and is not in the dict is freed, and the error is reported. *left is 0 after both. */
 int slotRdbLoadDict(struct _rio *rdb, struct dict *d, uint64_t *left, int hash);
 
 /* ---- slot_rdb_load.c: the sections of a file's RDB, loaded by several threads ---- */

@@ -93,7 +93,9 @@ static inline size_t allocatedSize(void *ptr, size_t size) {
  * of POPULATE_BYTES. What is made beyond is used next, as a rule; if not, it is this little. It may
  * belong to something else: then it is there, or is made for that, and nothing of it changes.
  * Where it cannot be done, pages are made one by one, as ever. The arena is locked
- * meanwhile, hence POPULATE_MAX of one allocation, and never the main thread's arena. */
+ * meanwhile, hence POPULATE_MAX of one allocation, and never the main thread's arena.
+ * The hooks run on any thread that uses that arena, and on the allocator's own; what they
+ * share is only read once it is set. */
 #define POPULATE_BYTES (64*1024)
 #define POPULATE_MAX (256*1024)
 
