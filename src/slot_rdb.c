@@ -45,6 +45,7 @@
 #include "server.h"
 #include "crc64.h"
 #include "slot_rdb.h"
+#include "slotmig_job.h"
 
 /* upstream's, not declared in its headers */
 int rdbSaveInfoAuxFields(rio *rdb, int rdbflags, rdbSaveInfo *rsi);
@@ -94,6 +95,7 @@ static __thread struct {
 } unsummed;
 
 static void sumRest(rio *rdb) {
+    slotmigGiveWay();
     rdb->cksum = crc64(rdb->cksum,unsummed.bytes,unsummed.n);
     unsummed.n = 0;
 }

@@ -66,7 +66,7 @@ static int sendBackup(void) {
     char mark[RDB_EOF_MARK_SIZE];
     rio rdb;
     slotRdbWriter w;
-    slotmigLowerPriority();
+    slotmigBackground();
     getRandomHexChars(mark,sizeof(mark));
     rioInitWithConnset(&rdb,&conn,1);
     int res = rioWrite(&rdb,"$EOF:",5) && rioWrite(&rdb,mark,sizeof(mark)) && rioWrite(&rdb,"\r\n",2) ? 0 : -1;

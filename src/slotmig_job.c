@@ -32,17 +32,9 @@
  * Public License v3 (AGPLv3), see LICENSE. */
 
 #include "slotmig_job.h"
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
-#ifdef __linux__
-#include <linux/seccomp.h>
-#include <sys/prctl.h>
-#endif
 
 #define ANSWERS_KEPT (10*60*1000)   /* ms after its end for which this node can tell how a job ended */
 #define HIDDEN_MAX 1000             /* jobs beyond cluster-slot-migration-log-max-len */
-#define BACKGROUND_NICE 10
 #define TRIM_PERIOD 1000            /* ms */
 #define TICK_MS 10          /* between two steps of the jobs, when nothing else calls for one */
 
@@ -55,7 +47,6 @@ static long long delayed_until[FP_COUNT];   /* 0: not reached yet */
 static long long reached[FP_COUNT];         /* times since it was set */
 
 static long long timer_id = AE_DELETED_EVENT_ID;
-static int may_lower_priority;
 static int draining;        /* merged shadows may have hashes to hand over */
 static struct {
     unsigned long long done, failed, cancelled, retried, interrupted, keys_in, keys_out, bytes_in, bytes_out, longest_pause_us;
@@ -132,12 +123,10 @@ sds slotSetToString(const slotSet *s) {
 
 /* ---- life of a job ---- */
 
-static int mayLowerPriority(void);
-
 void slotmigInit(void) {
     slotmig_jobs = listCreate();
     slotmig_log = listCreate();
-    may_lower_priority = mayLowerPriority();
+    slotmigBackgroundInit();
 }
 
 slotMigJob *slotmigCreateJob(slotMigRole role, const char *id, const slotSet *slots, const char *peer) {
@@ -530,35 +519,6 @@ long long slotmigThreadMemory(void) {
     return *allocated - *deallocated;
 #else
     return 0;
-#endif
-}
-
-/* Whether a thread may lower its own priority. A service's filter of system calls
- * may kill the whole process for it (the unit of Debian's package has such a one:
- * SystemCallFilter=~@resources), and there is no asking it. So where there is a filter
- * a child tries. Once, when the server starts: it has no data yet that fork() copies. */
-static int mayLowerPriority(void) {
-#ifdef __linux__
-    int status;
-    pid_t child;
-    if (prctl(PR_GET_SECCOMP) != SECCOMP_MODE_FILTER) return 1;
-    if ((child = fork()) == 0) {
-        prctl(PR_SET_DUMPABLE,0);       /* its end is no crash to keep a core of */
-        setpriority(PRIO_PROCESS,0,getpriority(PRIO_PROCESS,0));
-        _exit(0);
-    }
-    if (child > 0 && waitpid(child,&status,0) == child && WIFEXITED(status)) return 1;
-    serverLog(LL_NOTICE,"Slot migrations will work in the background at this server's own priority: "
-                        "a filter of system calls forbids setpriority.");
-#endif
-    return 0;
-}
-
-/* Work in the background must not take the processor from nodes that serve clients,
- * this one or others. Where there is room for both it makes no difference. */
-void slotmigLowerPriority(void) {
-#ifdef __linux__
-    if (may_lower_priority) setpriority(PRIO_PROCESS,syscall(SYS_gettid),BACKGROUND_NICE);
 #endif
 }
 

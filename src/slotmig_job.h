@@ -152,7 +152,6 @@ int slotmigMustNotExecute(void);                    /* inside of a command that 
 #define SLICE_US 1000               /* of work that can be cut short, in one turn of the event loop */
 monotime slotmigSliceEnd(void);                     /* of all jobs' work in this turn of the event loop */
 long long slotmigThreadMemory(void);                /* any thread */
-void slotmigLowerPriority(void);                    /* of this thread; any */
 int slotmigCancellable(const slotMigJob *job);      /* may this node end it alone? */
 clusterNode *slotmigPeer(const slotMigJob *job);    /* NULL: forgotten */
 sds slotmigNodeName(const clusterNode *n);          /* for messages: id and address */
@@ -171,6 +170,13 @@ sds slotmigNodeName(const clusterNode *n);          /* for messages: id and addr
 typedef enum { SLOTMIG_WORK(X) WORK_COUNT } slotMigWork;
 #undef X
 slotMigWork slotmigWork(slotMigWork what);          /* what was going on before */
+
+/* ---- threads that give way (slotmig_background.c); this thread or child process, any ---- */
+
+void slotmigBackgroundInit(void);                   /* the main thread, before there are others */
+void slotmigBackground(void);                       /* from here on, to its end */
+void slotmigTurns(int on);                          /* the same, but at the server's own priority */
+void slotmigGiveWay(void);                          /* every few microseconds; nothing where neither was called */
 
 /* ---- how long writers wait (slotmig_pause.c) ---- */
 

@@ -47,6 +47,7 @@
 
 #define LOADER_BUFFER (128*1024)
 #define LOADER_POLL 100                 /* ms between two looks at `stop` while no byte comes */
+#define GIVE_WAY_READS 32               /* until others may have the processor */
 #define TEE_MAX (512*1024)              /* bytes for the replicas that wait until no more is read */
 #define PACE_BURST 250                  /* ms of the rate limit that may come at once */
 #define KEY_OVERHEAD 96                 /* bytes of memory a key takes besides its text, if the allocator does not tell */
@@ -78,6 +79,7 @@ struct slotMigLoader {
     sds capture;                        /* of what is taken; NULL: nothing */
     sds replay;                         /* captured, to be read again first; NULL: none */
     size_t replayed;
+    unsigned reads;
     long long section_memory;           /* slotmigThreadMemory() when the section was opened */
     double allowed;                     /* bytes that the rate limit lets in */
     monotime allowed_at;
@@ -248,6 +250,7 @@ static void loaderSum(slotMigLoader *l, size_t but) {
 static size_t loaderRead(rio *r, void *dst, size_t len) {
     slotMigLoader *l = (slotMigLoader*)r;
     char *p = dst;
+    if (++l->reads%GIVE_WAY_READS == 0) slotmigGiveWay();
     if (l->replay) {    /* what was counted and summed already */
         size_t n = sdslen(l->replay) - l->replayed;
         if (n > len) n = len;
@@ -690,7 +693,7 @@ static void *loaderMain(void *arg) {
     slotMigLoader *l = arg;
     redis_set_thread_title("slot_loader");
     makeThreadKillable();
-    slotmigLowerPriority();
+    slotmigBackground();
     this_reader = &l->reader;
     zmallocPopulates();
     int res = loadSnapshot(l);

@@ -81,6 +81,7 @@ ssize_t rdbSaveLongLongAsStringObject(rio *rdb, long long value);
 #define US_PER_KEY_AT_FIRST 2.0
 #define LOOK_BYTES (64*1024)        /* serialized between two looks at the clock, */
 #define LOOK_WRITES 256             /* or writes */
+#define GIVE_WAY_WRITES 32          /* and until others may have the processor */
 #define COPY_BYTES_PER_US 2000      /* of one large piece, into new memory */
 #define MAIN_MAX_BYTES (512*1024)   /* of a module's value that is saved on the main thread: its save cannot be stopped */
 #define MAIN_MAX_EFFORT 512         /* and elements, as it tells them for freeing it */
@@ -196,6 +197,7 @@ static size_t bufferWrite(rio *r, const void *buf, size_t len) {
     }
     memcpy(s->buffer+used,buf,len);
     sdssetlen(s->buffer,used+len);
+    if (s->writes%GIVE_WAY_WRITES == 0) slotmigGiveWay();
     if (++s->writes < LOOK_WRITES && used+len-s->looked_at < LOOK_BYTES) return 1;
     s->writes = 0;
     s->looked_at = used+len;
@@ -316,6 +318,7 @@ static int sendBatch(slotMigSaver *s) {
     for (int i = 0; i < s->n; i++) {
         frozenSlot *f = s->batch+i;
         if (f->result != TAKEN) continue;
+        slotmigGiveWay();
         if (slotRdbSectionPut(&s->writer,f->slot,f->nkeys,f->nexpires,s->buffer+f->begin,f->end-f->begin) == -1) return -1;
         if (s->damages) s->writer.section.crc ^= 1;
         if (slotRdbWriteSectionAux(&s->writer,f->point) == -1) return -1;
@@ -341,6 +344,7 @@ static void *saverMain(void *arg) {
     slotMigSaver *s = arg;
     redis_set_thread_title("slot_saver");
     makeThreadKillable();
+    slotmigTurns(1);
     int failed = rioWrite(&s->out,s->header,sdslen(s->header)) == 0, given = 0;
     pthread_mutex_lock(&s->mutex);
     while (!s->stop && !failed && given < 2) {

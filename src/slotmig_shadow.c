@@ -99,14 +99,23 @@ static void createSlotStores(kvstore **keys, kvstore **expires) {
 
 #define GIVE_BACK_BYTES (16*1024*1024)
 
+/* For each dict that kvstoreEmpty() empties. */
+static void giveWay(dict *d) {
+    UNUSED(d);
+    slotmigGiveWay();
+}
+
 /* On a bio thread, like lazyfree.c's: the ebuckets first, for it is threaded
  * through the keys. args[3]: what many keys leave is not kept for others, for they went to
  * another node. */
 static void freeStores(void *args[]) {
     size_t before = args[3] ? zmalloc_used_memory() : 0;
     ebuckets field_expiry = args[2];
+    slotmigTurns(1);
     ebDestroy(&field_expiry,&hashExpireBucketsType,NULL);
     kvstoreRelease(args[1]);
+    kvstoreEmpty(args[0],giveWay);
+    slotmigTurns(0);
     kvstoreRelease(args[0]);
     if (zmalloc_used_memory() + GIVE_BACK_BYTES < before) zmallocGiveBack();
 }

@@ -851,7 +851,7 @@ static int saveSnapshot(slotMigJob *job, int64_t point) {
     slotRdbWriter w;
     int res;
 
-    slotmigLowerPriority();
+    slotmigBackground();
     server.rdb_compression = 0;     /* costs more than a local network does */
     /* Idle times are kept under any policy, not only where eviction needs them. */
     if (!(server.maxmemory_policy & MAXMEMORY_FLAG_LFU)) server.maxmemory_policy |= MAXMEMORY_FLAG_LRU;

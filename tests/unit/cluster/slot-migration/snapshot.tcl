@@ -22,6 +22,16 @@ proc start_frozen {args} {
 
 proc thaw {} {failpoint 0 source_in_freeze off}
 
+# Of the server's threads with this name.
+proc nice_of {n name} {
+    set found {}
+    foreach dir [glob /proc/[srv [expr {-$n}] pid]/task/*] {
+        set fields [read_file $dir/stat]
+        if {[regexp "\\($name\\) (.*)" $fields -> fields]} {lappend found [lindex $fields 16]}
+    }
+    return $found
+}
+
 proc flags {n rd} {
     regexp {flags=(\S+)} [R $n client list id $::client_of($rd)] -> flags
     return $flags
@@ -459,6 +469,22 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         }
         assert_equal 0 [freeze_field 0 guarded]
         R 0 module unload misc
+    }
+
+    if {$::tcl_platform(os) eq "Linux"} {
+        test "The loader has low priority, the saver the server's, for others may wait for it" {
+            fresh
+            some_keys 0 {5} 5
+            set before [list [nice_of 0 redis-server] [nice_of 2 redis-server]]
+            set id [start_frozen 5 5]
+            wait_for_condition 500 10 {[llength [nice_of 2 slot_loader]]} else {fail "there is no loader: [job 2 $id]"}
+            wait_for_condition 500 10 {[nice_of 2 slot_loader] == [nice_of 2 redis-server]+7 || [nice_of 2 redis-server] > 12} else {
+                fail "the loader's is [nice_of 2 slot_loader], the server's [nice_of 2 redis-server]"}
+            assert_equal [nice_of 0 redis-server] [nice_of 0 slot_saver]
+            thaw
+            wait_migrated 0 2 $id
+            assert_equal $before [list [nice_of 0 redis-server] [nice_of 2 redis-server]]
+        }
     }
 
     test "FLUSHALL in the middle: what was taken before is gone, what is taken after is not" {
