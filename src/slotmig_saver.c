@@ -134,6 +134,7 @@ struct slotMigSaver {
     int failed, ended;
     int error;                      /* errno */
     redisAtomic int stop;
+    redisAtomic int awaited;        /* somebody waits for a slot on the spot */
     redisAtomic size_t memory;      /* bytes of the buffer */
 };
 
@@ -197,7 +198,11 @@ static size_t bufferWrite(rio *r, const void *buf, size_t len) {
     }
     memcpy(s->buffer+used,buf,len);
     sdssetlen(s->buffer,used+len);
-    if (s->writes%GIVE_WAY_WRITES == 0) slotmigGiveWay();
+    if (s->writes%GIVE_WAY_WRITES == 0) {
+        int awaited;
+        atomicGet(s->awaited,awaited);
+        if (!awaited) slotmigGiveWay();
+    }
     if (++s->writes < LOOK_WRITES && used+len-s->looked_at < LOOK_BYTES) return 1;
     s->writes = 0;
     s->looked_at = used+len;
@@ -410,7 +415,9 @@ static void awaitSlot(slotMigSaver *s, int i) {
     pthread_mutex_lock(&s->mutex);
     if (s->out_of <= i) {
         monotime began = getMonotonicUs();
+        atomicSet(s->awaited,1);
         while (s->out_of <= i && !s->ended) pthread_cond_wait(&s->progress,&s->mutex);
+        atomicSet(s->awaited,0);
         unsigned long long us = getMonotonicUs() - began;
         if (us > stats.wait_max_us) stats.wait_max_us = us;
     }

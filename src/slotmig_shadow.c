@@ -99,7 +99,7 @@ static void createSlotStores(kvstore **keys, kvstore **expires) {
 
 #define GIVE_BACK_BYTES (16*1024*1024)
 
-/* For each dict that kvstoreEmpty() empties. */
+/* For each 65536 buckets that dictEmpty() has emptied. */
 static void giveWay(dict *d) {
     UNUSED(d);
     slotmigGiveWay();
@@ -114,7 +114,11 @@ static void freeStores(void *args[]) {
     slotmigTurns(1);
     ebDestroy(&field_expiry,&hashExpireBucketsType,NULL);
     kvstoreRelease(args[1]);
-    kvstoreEmpty(args[0],giveWay);
+    for (int j = 0; j < CLUSTER_SLOTS; j++) {
+        dict *d = kvstoreSlotDict(args[0],j);
+        if (d) dictEmpty(d,giveWay);
+        if (d) slotmigGiveWay();
+    }
     slotmigTurns(0);
     kvstoreRelease(args[0]);
     if (zmalloc_used_memory() + GIVE_BACK_BYTES < before) zmallocGiveBack();
