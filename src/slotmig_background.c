@@ -32,7 +32,7 @@
 static int may_set_slices, may_lower_priority;      /* set once, before there are threads */
 static __thread int lowered;                        /* its priority; inherited by its children */
 static __thread monotime turn_began;                /* 0: this thread does not give way */
-static __thread unsigned long long had_before;      /* ns of processor time, when the turn began */
+static __thread unsigned long long had_before;      /* us of processor time, when the turn began */
 
 /* The first version of the kernel's struct sched_attr, which glibc declares only since 2.41. */
 struct schedAttributes {
@@ -80,16 +80,9 @@ static int survives(void (*try)(void)) {
     return child > 0 && waitpid(child,&status,0) == child && WIFEXITED(status);
 }
 
-/* Of this thread, in ns. */
-static unsigned long long processorTime(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID,&t);
-    return (unsigned long long)t.tv_sec*1000000000 + t.tv_nsec;
-}
-
 static void beginTurn(void) {
     turn_began = getMonotonicUs();
-    had_before = processorTime();
+    had_before = slotmigProcessorTime();
 }
 
 /* Before there are other threads. */
@@ -122,7 +115,7 @@ void slotmigGiveWay(void) {
     monotime now;
     if (turn_began == 0 || (now = getMonotonicUs()) - turn_began < TURN_US) return;
     /* It may have slept, or others had the processor: that was no part of its turn. */
-    unsigned long long us = (processorTime() - had_before)/1000;
+    unsigned long long us = slotmigProcessorTime() - had_before;
     if (us < TURN_US) {
         turn_began = now - us;
         return;

@@ -522,6 +522,13 @@ long long slotmigThreadMemory(void) {
 #endif
 }
 
+/* That this thread has had, in us. */
+unsigned long long slotmigProcessorTime(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID,&t);
+    return (unsigned long long)t.tv_sec*1000000 + t.tv_nsec/1000;
+}
+
 /* The end of a turn: take over connections, send what was framed in it. */
 void slotmigBeforeSleep(void) {
     static int started;

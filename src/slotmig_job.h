@@ -152,6 +152,7 @@ int slotmigMustNotExecute(void);                    /* inside of a command that 
 #define SLICE_US 1000               /* of work that can be cut short, in one turn of the event loop */
 monotime slotmigSliceEnd(void);                     /* of all jobs' work in this turn of the event loop */
 long long slotmigThreadMemory(void);                /* any thread */
+unsigned long long slotmigProcessorTime(void);      /* any thread */
 int slotmigCancellable(const slotMigJob *job);      /* may this node end it alone? */
 clusterNode *slotmigPeer(const slotMigJob *job);    /* NULL: forgotten */
 sds slotmigNodeName(const clusterNode *n);          /* for messages: id and address */

@@ -120,7 +120,8 @@ struct slotMigSaver {
     rio into;                       /* the buffer */
     int writes, looks;
     size_t looked_at;
-    unsigned long long deadline;    /* of processorTime(), 0: none */
+    unsigned long long deadline;    /* of slotmigProcessorTime(), 0: none. (That the thread had to
+                                     * wait for a processor does not make a slot large.) */
     slotRdbWriter writer;           /* its rio: the connection; the thread's until it ended */
     rio out;
     double us_per_key;
@@ -170,13 +171,6 @@ static unsigned long long freezeLimit(void) {
     return us < FREEZE_MAX_US ? FREEZE_MAX_US : us > FREEZE_LONGER_US ? FREEZE_LONGER_US : us;
 }
 
-/* Of this thread, in us: that it had to wait for a processor does not make a slot large. */
-static unsigned long long processorTime(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID,&t);
-    return (unsigned long long)t.tv_sec*1000000 + t.tv_nsec/1000;
-}
-
 static __thread slotMigSaver *taking;   /* this thread serializes for it */
 
 int slotmigInSaver(void) {
@@ -191,7 +185,7 @@ static size_t bufferWrite(rio *r, const void *buf, size_t len) {
     UNUSED(r);
     /* Steps of its own size: sds would copy all for each MB more. */
     size_t used = sdslen(s->buffer);
-    if (s->deadline && len > LOOK_BYTES && processorTime() + len/COPY_BYTES_PER_US > s->deadline) return 0;
+    if (s->deadline && len > LOOK_BYTES && slotmigProcessorTime() + len/COPY_BYTES_PER_US > s->deadline) return 0;
     if (sdsavail(s->buffer) < len) {
         s->buffer = sdsMakeRoomFor(s->buffer,len > used ? len : used);
         atomicSet(s->memory,sdsalloc(s->buffer));
@@ -208,7 +202,7 @@ static size_t bufferWrite(rio *r, const void *buf, size_t len) {
     s->looked_at = used+len;
     int stop;
     atomicGet(s->stop,stop);
-    return !stop && !(s->deadline && processorTime() > s->deadline);
+    return !stop && !(s->deadline && slotmigProcessorTime() > s->deadline);
 }
 
 static int takeKey(slotMigSaver *s, sds key, robj *o, long long expire) {
@@ -235,7 +229,7 @@ static int takeKey(slotMigSaver *s, sds key, robj *o, long long expire) {
 
 /* us until the deadline. */
 static unsigned long long timeLeft(slotMigSaver *s) {
-    unsigned long long now = processorTime();
+    unsigned long long now = slotmigProcessorTime();
     return now < s->deadline ? s->deadline - now : 0;
 }
 
@@ -255,7 +249,7 @@ static takeResult takeSlot(slotMigSaver *s, frozenSlot *f, unsigned long long ma
         result = TOO_LARGE;
     f->begin = s->looked_at = sdslen(s->buffer);
     s->writes = 0;
-    s->deadline = max_us ? processorTime()+max_us : 0;
+    s->deadline = max_us ? slotmigProcessorTime()+max_us : 0;
     taking = s;
     rioClearErrors(&s->into);
     if (result == TAKEN && slotRdbSectionHead(&s->into,f->slot,f->nkeys,f->nexpires) == -1) result = TOO_LARGE;
