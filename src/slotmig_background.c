@@ -90,7 +90,8 @@ void slotmigBackgroundInit(void) {
     may_set_slices = survives(trySlices);
     may_lower_priority = survives(tryPriority);
     if (may_set_slices) return;
-    serverLog(LL_NOTICE,"Slot migrations will work in the background %s: a filter of system calls forbids %s.",
+    serverLog(LL_NOTICE,"Slot migrations will work in the background %s: a filter of system calls forbids %s. "
+        "SystemCallFilter=sched_setattr setpriority in the systemd unit allows it.",
         may_lower_priority ? "without giving way to this server's main thread" : "at this server's own priority",
         may_lower_priority ? "sched_setattr" : "sched_setattr and setpriority");
 }
