@@ -59,7 +59,7 @@
 struct slotMigLoader {
     rio rdb;                            /* first: loaderRead() gets its address */
     connection *conn;
-    int tls, patient, tee;
+    int tls, patient, tee, huge_pages;
     int commands;                       /* sections are to have those that make their keys */
     slotMigFile *file;                  /* gets what is read, NULL: none */
     int lost;                           /* the connection ended, before the error was set */
@@ -695,7 +695,7 @@ static void *loaderMain(void *arg) {
     makeThreadKillable();
     slotmigBackground();
     this_reader = &l->reader;
-    zmallocPopulates();
+    zmallocPopulates(l->huge_pages);
     int res = loadSnapshot(l);
     if (res == C_ERR) loaderFail(l,"the snapshot cannot be read at offset %llu",(unsigned long long)l->offset);
     slotmigSectionFree(l->section);
@@ -740,6 +740,7 @@ slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int pa
     l->tls = conn->type != connectionTypeTcp();
     l->slots = *slots;
     l->patient = patient;
+    l->huge_pages = slotmig_config.huge_pages;
     l->tee = tee;
     l->commands = commands;
     l->file = file;

@@ -694,3 +694,50 @@ start_cluster 3 0 {tags {external:skip cluster modules} overrides {save ""}} {
         assert_equal 0 [R 2 dbsize]
     }
 }
+
+# kB of node 2's memory in huge pages.
+proc huge_pages {} {
+    expr {[regexp {AnonHugePages:\s+(\d+)} [read_file /proc/[node_pid 2]/smaps_rollup] -> kb] ? $kb : 0}
+}
+
+# Whether a program may ask for them: as the server finds it.
+proc may_ask_for_huge_pages {} {
+    set file /sys/kernel/mm/transparent_hugepage/enabled
+    expr {[string match jemalloc* [s -2 mem_allocator]] && [file exists $file] && [string match {*\[madvise\]*} [read_file $file]] &&
+        [package vcompare [lindex [split $::tcl_platform(osVersion) -] 0] 5.14] >= 0}
+}
+
+start_cluster 3 0 {tags {external:skip cluster} overrides {save ""}} {
+    test "The memory of slots that arrive is in huge pages, where one may ask for them and they are wanted" {
+        assert_equal {cluster-slot-migration-huge-pages yes} [R 2 config get cluster-slot-migration-huge-pages]
+        R 2 config set latency-monitor-threshold 1000
+        foreach wanted {no yes} {
+            R 2 config set cluster-slot-migration-huge-pages $wanted
+            set slot [expr {$wanted ? 6 : 5}]
+            R 0 eval {for i = 1, 3000 do redis.call('set','{' .. ARGV[1] .. '}' .. i,string.rep(i,3000)) end} 1 [key_in $slot k] [slot_tag $slot]
+            set dump [slots_dump 0 $slot]
+            wait_migrated 0 2 [migrate 0 2 $slot $slot]
+            assert_same_dump $dump [slots_dump 2 $slot]
+            if {!$wanted || ![may_ask_for_huge_pages]} {
+                assert_equal 0 [huge_pages]
+            } else {
+                assert_morethan [huge_pages] 20000      ;# of 28 MB
+                assert_equal 0 [string match "*huge pages*" [R 2 latency doctor]]
+                R 2 config set cluster-slot-migration-huge-pages no
+                assert_match "*huge pages*" [R 2 latency doctor]
+            }
+        }
+        # A child reads what it has of them while this node writes into them.
+        set before [slots_dump 2 6]
+        R 2 config set rdb-key-save-delay 100
+        R 2 bgsave
+        R 2 eval {for i = 1, 3000 do redis.call('setrange','{' .. ARGV[1] .. '}' .. i,10,'x') end} 1 [key_in 6 k] [slot_tag 6]
+        set written [slots_dump 2 6]
+        R 2 config set rdb-key-save-delay 0
+        wait_for_condition 500 20 {[s -2 rdb_bgsave_in_progress] == 0} else {fail "BGSAVE does not end"}
+        assert_equal ok [s -2 rdb_last_bgsave_status]
+        R 2 debug reload nosave
+        assert_same_dump $before [slots_dump 2 6]
+        assert {$before ne $written}
+    }
+}
