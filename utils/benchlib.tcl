@@ -100,6 +100,11 @@ proc info_field {i name} {
     expr {[regexp "$name:(\[^\r\]*)" [[node $i] cluster info] -> value] ? $value : ""}
 }
 
+proc info_of {i name} {
+    regexp "$name:(\[^\r\]*)" [[node $i] info everything] -> value
+    return $value
+}
+
 proc start_cluster {} {
     set masters [expr {[info exists ::opt(masters)] ? $::opt(masters) : 3}]
     set n [expr {$masters*(1+$::opt(replicas))}]
