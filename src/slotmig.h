@@ -39,6 +39,7 @@ struct slotmigConfig {
     int wait_replicas;              /* Of the target's, that must have the slots before the hand-off. */
     int snapshot;                   /* SLOTMIG_SNAPSHOT_*: who takes a snapshot. */
     int load_threads;               /* That load an RDB's sections; 0: by the processors. */
+    long long max_bandwidth;        /* Bytes of snapshots per second that this node takes in; 0: any. */
     int huge_pages;                 /* Memory of slots that arrive is asked for in huge pages. */
 };
 enum { SLOTMIG_SNAPSHOT_AUTO, SLOTMIG_SNAPSHOT_THREAD, SLOTMIG_SNAPSHOT_FORK };
@@ -132,7 +133,9 @@ struct dict *kvstoreSlotDict(struct _kvstore *kvs, int didx); /* NULL: none; loo
 void kvstorePrefetchDict(struct _kvstore *kvs, int didx);  /* its size is wanted soon; any place, there or not */
 
 /* ---- zmalloc_slotmig.c, part of zmalloc.c ---- */
-void zmallocPopulates(int with_huge_pages);         /* this thread fills much memory, until it ends */
+void zmallocPopulates(int with_huge_pages);         /* this thread fills much memory */
+void zmallocPopulatesEnd(void);
+int zmallocHasHugePages(void);                      /* asked for by such a thread */
 void zmallocGiveBack(void);                         /* what was freed, to the system; any thread but the main one, takes long */
 
 /* ---- slot_rdb.c: the sections and the index of every RDB that a cluster node writes.

@@ -468,6 +468,7 @@ static slotMigJob *jobOrReply(client *c, robj *id) {
 
 /* All jobs, newest first. */
 void slotmigReplyJobs(client *c, void (*one)(client *c, slotMigJob *job)) {
+    slotmigTrimLog();       /* the directive may have changed */
     listIter li;
     listNode *ln;
     void *len = addReplyDeferredLen(c);
@@ -544,8 +545,10 @@ static void alterSlotMigration(client *c) {
     }
     struct slotMigControl control = job->control;
     sds error = parseControl(c,&at,1,&control,NULL);
+    /* Taken over, it still waits for replicas, which may be gone. */
+    int waits = job->state == SLOTMIG_TAKEN && c->argc == 6 && !strcasecmp(c->argv[4]->ptr,"waitreplicas");
     if (error == NULL && (slotmigEnded(job) || job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED || job->state == SLOTMIG_TRIMMING ||
-        job->state == SLOTMIG_TAKEN || slotmigIsRelayed(job)))
+        (job->state == SLOTMIG_TAKEN && !waits) || slotmigIsRelayed(job)))
         error = sdscatprintf(sdsempty(),"Slot migration %s is %s: there is nothing to alter",job->id,slotmig_state_names[job->state]);
     if (error) {
         addReplyErrorFormat(c,"%s",error);
@@ -585,6 +588,11 @@ long long slotmigCancelAll(int (*chosen)(const slotMigJob *job)) {
     return choice.n;
 }
 
+/* Those of a replica are its master's to end. */
+static int mayCancel(const slotMigJob *job) {
+    return slotmigCancellable(job) && !slotmigIsRelayed(job);
+}
+
 static void cancelSlotMigrations(client *c) {
     int force = c->argc == 5 && !strcasecmp(c->argv[4]->ptr,"force");
     if ((c->argc == 4 || force) && !strcasecmp(c->argv[2]->ptr,"id")) {
@@ -592,6 +600,8 @@ static void cancelSlotMigrations(client *c) {
         if (job == NULL) return;
         if (slotmigEnded(job)) {
             addReplyLongLong(c,0);
+        } else if (slotmigIsRelayed(job)) {
+            addReplyErrorFormat(c,"Slot migration %s is this node's master's: cancel it there",job->id);
         } else if (force && (job->state == SLOTMIG_COMMITTED || job->state == SLOTMIG_INHERITED)) {
             slotmigSourceForce(job);
             addReplyLongLong(c,1);
@@ -610,7 +620,7 @@ static void cancelSlotMigrations(client *c) {
         addReplyErrorObject(c,shared.syntaxerr);
         return;
     }
-    addReplyLongLong(c,slotmigCancelAll(slotmigCancellable));
+    addReplyLongLong(c,slotmigCancelAll(mayCancel));
 }
 
 /* ---- BACKUP-SLOTS ---- */

@@ -258,7 +258,7 @@ void slotmigSetState(slotMigJob *job, slotMigState state, const char *reason) {
 
 /* What is more than the configured number is shown to nobody. But the other node may not have
  * heard yet how a hand-off ended, and asks: this is remembered for a while. */
-static void trimLog(void) {
+void slotmigTrimLog(void) {
     static long long trimmed, limit;    /* how many there were then, and were to be */
     static mstime_t trimmed_at;
     long long hidden = (long long)listLength(slotmig_log) - slotmig_config.log_max_len;
@@ -361,6 +361,7 @@ static void turnEnds(void) {
 
 void slotmigResetStats(void) {
     memset(&longest_turn,0,sizeof(longest_turn));
+    stats.longest_pause_us = 0;
     slotmigPauseReset();
     slotmigFreezeResetStats();
 }
@@ -387,7 +388,7 @@ void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg) {
     unsigned first = ++turn;        /* fn may call this, too */
     for (i = 0; i < n; i++) {
         slotMigJob *job = jobs[(first+i)%n];
-        if (!slotmigEnded(job)) fn(job,arg);    /* trimLog() alone frees them */
+        if (!slotmigEnded(job)) fn(job,arg);    /* slotmigTrimLog() alone frees them */
     }
     zfree(jobs);
 }
@@ -435,7 +436,7 @@ static int timerFired(struct aeEventLoop *el, long long id, void *data) {
     if (slotmigMustNotExecute()) return TICK_MS;
     slotMigWork was = slotmigWork(WORK_checks);
     slotmigEachJob(stepJob,NULL);
-    trimLog();
+    slotmigTrimLog();
     slotmigSourceBacklog();
     slotmigWork(WORK_drain);
     if (draining && slotmigDrainStep(slotmigSliceEnd())) draining = 0;
@@ -467,12 +468,17 @@ long long slotmigTimeout(const slotMigJob *job) {
     return job->control.timeout != -1 ? job->control.timeout : slotmig_config.timeout;
 }
 
+static void controlChanged(slotMigJob *job) {
+    if (job->tgt) slotmigTargetPace(job);
+    else if (job->src) slotmigSourceControl(job);
+}
+
 void slotmigControl(slotMigJob *job, const struct slotMigControl *control) {
     uint64_t version = job->control.version;
     job->control = *control;
     job->control.version = version+1;
     slotmigSendControl(job);
-    if (job->tgt) slotmigTargetPace(job);
+    controlChanged(job);
 }
 
 /* When both were changed at the same time, the source's counts. */
@@ -490,7 +496,7 @@ void slotmigGotControl(slotMigJob *job, frameReader *r) {
     }
     if (c.version < job->control.version || (c.version == job->control.version && job->role == SLOTMIG_SOURCE)) return;
     job->control = c;
-    if (job->tgt) slotmigTargetPace(job);
+    controlChanged(job);
 }
 
 void slotmigWantTimer(void) {
@@ -565,10 +571,6 @@ void slotmigBeforeSleep(void) {
     if (was == WORK_none) turnEnds();
 }
 
-static void endIfPossible(slotMigJob *job, void *why) {
-    if (slotmigCancellable(job)) slotmigFail(job,SLOTMIG_FAILED,sdsnew(why));
-}
-
 /* A job that is past the point where this node may end it alone. */
 int slotmigCancellable(const slotMigJob *job) {
     if (job->role == SLOTMIG_SOURCE) return job->state < SLOTMIG_COMMITTED;
@@ -605,6 +607,16 @@ void slotmigPromoted(clusterNode *old) {
     slotmigInherit("this node replaced its master");
 }
 
+/* A job goes on when this node is back, as after a lost link: the source has a record, and who was
+ * the target is offered the slots again. One that cannot ends, and the other node hears why. */
+static void leaveJob(slotMigJob *job, void *why) {
+    if (!slotmigCancellable(job)) return;
+    if (slotmigTimeout(job) == 0 || slotmigIsRelayed(job) || (job->src && !slotmigHasRecord(job->id,0)))
+        slotmigFail(job,SLOTMIG_FAILED,sdsnew(why));
+    else if (job->src) slotmigSourceLeave(job,why);
+    else slotmigTargetLeave(job,why);
+}
+
 /* The process exits for certain. What is past the commit stays as it is: the
  * other node asks. */
 void slotmigShutdown(void) {
@@ -612,7 +624,7 @@ void slotmigShutdown(void) {
     slotRdbLoadStop();
     if (!server.cluster_enabled) return;
     int records = slotmigAnyRecord();
-    slotmigEachJob(endIfPossible,"the node shuts down");
+    slotmigEachJob(leaveJob,"the node shuts down");
     if (slotmigAnyRecord() < records) clusterSaveConfig(1);      /* no turn of the event loop follows that would */
 }
 

@@ -16,7 +16,7 @@
 #include "slotmig.h"
 
 #define SLOTMIG_ID_LEN CLUSTER_NAMELEN      /* hex digits of a job's id */
-#define SLOTMIG_PROTOCOL 1                  /* version spoken on the job's connections */
+#define SLOTMIG_PROTOCOL 2                  /* version spoken on the job's connections */
 
 /* ---- sets of slots ---- */
 
@@ -292,6 +292,8 @@ client *slotmigBlockedClient(uint64_t id);
 sds slotmigCheckStart(const slotSet *slots, clusterNode *target);
 void slotmigEstimate(const slotSet *slots, unsigned long long *keys, unsigned long long *bytes, unsigned long long *memory);
 sds slotmigRefusal(const char *node, const char *error);
+void slotmigSourceControl(slotMigJob *job);         /* it has changed */
+void slotmigSourceLeave(slotMigJob *job, const char *why);  /* this process ends, the job does not */
 slotMigJob *slotmigSourceStart(const slotSet *slots, clusterNode *target, const struct slotMigControl *control, sds *error);
 sds slotmigSourceAttach(slotMigJob *job, client *c, const char *what, const char *node, const char *replid, long long offset);
 void slotmigSourceBeforeSleep(void);
@@ -309,7 +311,7 @@ sds slotmigSourceAnswer(slotMigJob *job);           /* to ASK */
 void slotmigSlotIsGiven(int slot);
 void slotmigGivenPromoted(void);
 void slotmigGivenDropped(void);
-void slotmigSourceInherit(const char *id, const char *target, const slotSet *slots, const char *how);
+void slotmigSourceInherit(const char *id, const char *target, const slotSet *slots, const struct slotMigControl *control, const char *how);
 void slotmigRaiseEpoch(void);                       /* when a claim was defended in this turn */
 int slotmigSlotIsDefended(int slot, clusterNode *claimant);
 void slotmigUndefendSlot(int slot);
@@ -322,7 +324,7 @@ int slotmigSourceFollows(const slotMigJob *job);    /* do its slots' writes go i
 void slotmigSourceWrote(slotMigJob *job, size_t bytes);
 void slotmigSourceUnit(slotMigJob *job, size_t bytes);
 void slotmigSourceDoom(slotMigJob *job, sds error); /* fails it at its next step */
-void slotmigSourceResume(const char *id, const char *target, const slotSet *slots, const char *how);
+void slotmigSourceResume(const char *id, const char *target, const slotSet *slots, const struct slotMigControl *control, const char *how);
 void slotmigDatasetChanged(void);
 void slotmigSourceForce(slotMigJob *job);           /* take back after the commit */
 int slotmigSourceInDoubt(void);                     /* is a hand-off of this node's near or not resolved? */
@@ -348,6 +350,7 @@ sds slotmigTargetProbe(const char *source, const slotSet *slots, unsigned long l
 sds slotmigTargetOffer(const char *id, const char *source, const slotSet *slots,
                        unsigned long long keys, unsigned long long bytes, unsigned long long memory);
 void slotmigTargetStep(slotMigJob *job);
+void slotmigTargetLeave(slotMigJob *job, const char *why);  /* this process ends, the job does not */
 void slotmigTargetPace(slotMigJob *job);            /* the control changed */
 void slotmigTargetMemory(const slotMigJob *job, struct slotMigMemory *m);   /* adds to it */
 int slotmigTargetBusy(const slotMigJob *job);       /* is there work for the next slice? */
@@ -390,6 +393,7 @@ long long slotmigCancelAll(int (*chosen)(const slotMigJob *job));
 void slotmigReplyText(client *c, const char *name, const char *text);
 void slotmigReplyNumber(client *c, const char *name, long long v);
 void slotmigReplyNode(client *c, const char *name, const slotMigJob *job, slotMigRole end);
+void slotmigTrimLog(void);
 void slotmigReplyJobs(client *c, void (*one)(client *c, slotMigJob *job));
 
 sds slotmigParseRangeArgs(client *c, int *at, slotSet *slots, slotSet *all);
@@ -430,7 +434,7 @@ clusterNode *slotmigAliveInShard(const char *name);
 
 /* ---- records of hand-offs (slotmig_record.c) ---- */
 
-void slotmigRecordPut(const char *id, const char *target, const slotSet *slots, int handoff);
+void slotmigRecordPut(const char *id, const char *target, const slotSet *slots, int handoff, const struct slotMigControl *control);
 void slotmigRecordDrop(const char *id);
 void slotmigRecordsClear(void);
 void slotmigRecordsEnd(const slotSet *slots, const char *but);
@@ -438,6 +442,9 @@ void slotmigAskRecords(void);                       /* at the end of a turn */
 void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id));
 sds slotmigSaveRecords(sds conf);
 void slotmigLoadRecord(const char *value, int handoff);
+void slotmigLoadControl(const char *value);         /* of a record that was loaded before */
+sds slotmigControlText(const struct slotMigControl *c);
+int slotmigParseControl(const char *text, struct slotMigControl *c);
 int slotmigParseRanges(const char *p, slotSet *slots);      /* "3-10,20"; 0: it is none */
 void slotmigInherit(const char *how);
 int slotmigRecordCovers(int slot);

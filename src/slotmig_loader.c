@@ -697,6 +697,7 @@ static void *loaderMain(void *arg) {
     this_reader = &l->reader;
     zmallocPopulates(l->huge_pages);
     int res = loadSnapshot(l);
+    zmallocPopulatesEnd();
     if (res == C_ERR) loaderFail(l,"the snapshot cannot be read at offset %llu",(unsigned long long)l->offset);
     slotmigSectionFree(l->section);
     l->section = NULL;

@@ -1,7 +1,8 @@
 /* slotmig_record.c -- jobs that this node, or the master it may succeed, has under way
  * as their source: what a restart and a promotion must not forget.
  *
- * A record is job, target and slots, in nodes.conf and on the replicas. There are two
+ * A record is job, target, slots and what the operator wants of it (HOLD and the like), in nodes.conf and on
+ * the replicas. There are two
  * kinds. That there is a job: its successor goes on with it. It is made when the target
  * accepts, and nobody waits for it. That a hand-off is near: the slots may have been
  * handed over. The source makes that one of the other before it fences, so that nothing
@@ -18,6 +19,7 @@
  *   nodes.conf, on upstream's line of variables, which another server skips:
  *     slotmig-handoff <job>:<target>:<ranges, comma between>
  *     slotmig-job <job>:<target>:<ranges>
+ *     slotmig-control <job>:<version>,<rate>,<replicas>,<timeout>,<paused>,<held>     behind its record
  *
  * Must never happen: a slot served while its record is unresolved.
  *
@@ -37,6 +39,7 @@ typedef struct handoffRecord {
     char id[SLOTMIG_ID_LEN+1], target[CLUSTER_NAMELEN+1];
     int handoff;
     slotSet slots;
+    struct slotMigControl control;
 } handoffRecord;
 
 static list *records;
@@ -51,14 +54,37 @@ static listNode *findRecord(const char *id) {
     return NULL;
 }
 
+static const struct slotMigControl no_control = { .wait_replicas = -1, .timeout = -1 };
+
+/* "2,0,-1,600000,0,1" */
+sds slotmigControlText(const struct slotMigControl *c) {
+    return sdscatprintf(sdsempty(),"%llu,%lld,%lld,%lld,%d,%d",(unsigned long long)c->version,c->rate,c->wait_replicas,c->timeout,c->paused,c->held);
+}
+
+/* 0: it is not one; `c` is as if there was none then. */
+int slotmigParseControl(const char *text, struct slotMigControl *c) {
+    unsigned long long version;
+    int end = 0;
+    *c = no_control;
+    if (sscanf(text,"%llu,%lld,%lld,%lld,%d,%d%n",&version,&c->rate,&c->wait_replicas,&c->timeout,&c->paused,&c->held,&end) == 6 &&
+        text[end] == '\0' && c->rate >= 0 && c->wait_replicas >= -1 && c->timeout >= -1)
+    {
+        c->version = version;
+        return 1;
+    }
+    *c = no_control;
+    return 0;
+}
+
 /* Not written to nodes.conf here. */
-static void putRecord(const char *id, const char *target, const slotSet *slots, int handoff) {
+static void putRecord(const char *id, const char *target, const slotSet *slots, int handoff, const struct slotMigControl *control) {
     listNode *ln = findRecord(id);
     handoffRecord *r = ln ? listNodeValue(ln) : zcalloc(sizeof(*r));
     memcpy(r->id,id,SLOTMIG_ID_LEN);
     memcpy(r->target,target,CLUSTER_NAMELEN);
     r->slots = *slots;
     r->handoff |= handoff;
+    r->control = *control;
     if (records == NULL) records = listCreate();
     if (ln == NULL) listAddNodeTail(records,r);
 }
@@ -91,9 +117,9 @@ void slotmigAskRecords(void) {
     while ((ln = listNext(&li)) != NULL) slotmigAnswerMaster(((handoffRecord*)listNodeValue(ln))->id,RELAY_RECORD,0,"");
 }
 
-void slotmigRecordPut(const char *id, const char *target, const slotSet *slots, int handoff) {
+void slotmigRecordPut(const char *id, const char *target, const slotSet *slots, int handoff, const struct slotMigControl *control) {
     slotmigRecordsEnd(slots,id);
-    putRecord(id,target,slots,handoff);
+    putRecord(id,target,slots,handoff,control);
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 }
 
@@ -134,6 +160,10 @@ sds slotmigSaveRecords(sds conf) {
         sds ranges = sdsmapchars(slotSetToString(&r->slots)," ",",",1);
         conf = sdscatfmt(conf," slotmig-%s %s:%s:%S",r->handoff ? "handoff" : "job",r->id,r->target,ranges);
         sdsfree(ranges);
+        if (r->control.version == 0) continue;
+        sds control = slotmigControlText(&r->control);
+        conf = sdscatfmt(conf," slotmig-control %s:%S",r->id,control);
+        sdsfree(control);
     }
     return conf;
 }
@@ -162,7 +192,13 @@ void slotmigLoadRecord(const char *value, int handoff) {
         serverLog(LL_WARNING,"nodes.conf: the record of a slot migration is not understood and left out: %.100s",value);
         return;
     }
-    putRecord(value,value+SLOTMIG_ID_LEN+1,&slots,handoff);
+    putRecord(value,value+SLOTMIG_ID_LEN+1,&slots,handoff,&no_control);
+}
+
+void slotmigLoadControl(const char *value) {
+    listNode *ln = strlen(value) > SLOTMIG_ID_LEN && value[SLOTMIG_ID_LEN] == ':' ? findRecord(value) : NULL;
+    if (ln == NULL || !slotmigParseControl(value+SLOTMIG_ID_LEN+1,&((handoffRecord*)listNodeValue(ln))->control))
+        serverLog(LL_WARNING,"nodes.conf: what is wanted of a slot migration is not understood and left out: %.100s",value);
 }
 
 /* ---- a master with records that are not its own doing ---- */
@@ -177,8 +213,8 @@ void slotmigInherit(const char *how) {
         handoffRecord *r = listNodeValue(ln);
         slotMigJob *job = slotmigFindJob(r->id);
         if (job && !slotmigEnded(job)) continue;
-        if (r->handoff) slotmigSourceInherit(r->id,r->target,&r->slots,how);
-        else slotmigSourceResume(r->id,r->target,&r->slots,how);
+        if (r->handoff) slotmigSourceInherit(r->id,r->target,&r->slots,&r->control,how);
+        else slotmigSourceResume(r->id,r->target,&r->slots,&r->control,how);
     }
 }
 

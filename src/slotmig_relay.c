@@ -29,7 +29,7 @@
  * it has taken in. LOADED: all sections are in its shadow. LOST: it does not have the
  * job. RECORD: it has a record of this job; if there is none here it is told END. That
  * it can do all this it says when it attaches, with its node's id: REPLCONF capa
- * slotmig:1:<node>. Other masters skip what they do not know.
+ * slotmig:<protocol>:<node>. Other masters skip what they do not know.
  *
  * What counts as told: by a replica that is connected. The bytes of DATA that no
  * replica has acknowledged yet are bounded (RELAY_WINDOW), so that an import neither
@@ -226,8 +226,8 @@ sds slotmigCommaRanges(const slotSet *slots) {
 }
 
 void slotmigRelayHandoff(slotMigJob *job) {
-    sds args[] = { name(job->peer), slotmigCommaRanges(&job->slots) };
-    slotmigRelay(job,RELAY_HANDOFF,2,args);
+    sds args[] = { name(job->peer), slotmigCommaRanges(&job->slots), slotmigControlText(&job->control) };
+    slotmigRelay(job,RELAY_HANDOFF,3,args);
 }
 
 void slotmigRelayEnd(slotMigJob *job) {
@@ -240,8 +240,8 @@ void slotmigRelayTrim(slotMigJob *job) {
 }
 
 void slotmigRelayJob(slotMigJob *job) {
-    sds args[] = { name(job->peer), slotmigCommaRanges(&job->slots) };
-    slotmigRelay(job,RELAY_JOB,2,args);
+    sds args[] = { name(job->peer), slotmigCommaRanges(&job->slots), slotmigControlText(&job->control) };
+    slotmigRelay(job,RELAY_JOB,3,args);
 }
 
 void slotmigRelayBegin(slotMigJob *job, const char *replid, long long point) {
@@ -645,6 +645,7 @@ static void trimReplica(const char *id, clusterNode *target, uint64_t epoch, con
     slotmigAofTurn();       /* before what is written to them next, if they come back */
     slotmigLimboFree(limbo);
     slotmigRecordDrop(id);
+    if (server.tracking_clients) trackingInvalidateKeysOnFlush(1);      /* they read here, and hear of no write any more */
     /* Not with another hand-off in doubt, as the master does not: the end of that one brings it here again. */
     if (target && master && master->numslots == 0 && server.cluster_allow_replica_migration && !slotmigAnyHandoff())
         slotmigFollow(target);
@@ -666,6 +667,7 @@ int slotmigMasterMustWait(client *c) {
 void slotmigRelayed(client *c) {
     unsigned long long seq, v[5] = {0};
     slotSet slots;
+    struct slotMigControl control;
     int word, extra = c->argc-6;
     if (!(c->flags & CLIENT_MASTER)) {
         addReplyError(c,"CLUSTER SLOTMIG RELAY comes from a replica's master only");
@@ -677,15 +679,12 @@ void slotmigRelayed(client *c) {
     for (word = 0; word < RELAY_WORDS && strcasecmp(word_names[word],c->argv[5]->ptr); word++);
     switch (word) {
     case RELAY_HANDOFF:
-        if (extra != 2 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || !slotmigParseRanges(arg[1]->ptr,&slots)) return;
-        slotmigRecordPut(id,arg[0]->ptr,&slots,1);
-        if (slotmigFailPoint(FP_source_replica_told) == FAILPOINT_FAIL) return;
-        slotmigAnswerMaster(id,RELAY_HANDOFF,0,"");
-        return;
     case RELAY_JOB:
-        if (extra != 2 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || !slotmigParseRanges(arg[1]->ptr,&slots)) return;
-        slotmigRecordPut(id,arg[0]->ptr,&slots,0);
-        slotmigAnswerMaster(id,RELAY_JOB,0,"");
+        if (extra != 3 || sdslen(arg[0]->ptr) != CLUSTER_NAMELEN || !slotmigParseRanges(arg[1]->ptr,&slots) ||
+            !slotmigParseControl(arg[2]->ptr,&control)) return;
+        slotmigRecordPut(id,arg[0]->ptr,&slots,word == RELAY_HANDOFF,&control);
+        if (word == RELAY_HANDOFF && slotmigFailPoint(FP_source_replica_told) == FAILPOINT_FAIL) return;
+        slotmigAnswerMaster(id,word,0,"");
         return;
     case RELAY_END:
         slotmigRecordDrop(id);

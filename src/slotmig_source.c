@@ -562,8 +562,13 @@ sds slotmigRefusal(const char *node, const char *error) {
 }
 
 static void accepted(slotMigJob *job) {
-    slotmigRecordPut(job->id,job->peer,&job->slots,0);
+    slotmigRecordPut(job->id,job->peer,&job->slots,0,&job->control);
     slotmigRelayJob(job);
+}
+
+/* The operator wants something else of it. */
+void slotmigSourceControl(slotMigJob *job) {
+    if (slotmigHasRecord(job->id,0)) accepted(job);
 }
 
 static void offerDone(connection *conn, const char *line, const char *error, void *arg) {
@@ -1291,7 +1296,7 @@ static int handoffIsTold(slotMigJob *job) {
     slotMigSource *s = job->src;
     if (s->recorded == 0) {
         s->recorded = 1;
-        slotmigRecordPut(job->id,job->peer,&job->slots,1);
+        slotmigRecordPut(job->id,job->peer,&job->slots,1,&job->control);
         clusterSaveConfigOrDie(0);
         slotmigConfigToDisk(job->id,recordedDurably);
         slotmigRelayHandoff(job);
@@ -1602,6 +1607,11 @@ static void interrupted(slotMigJob *job, const char *why) {
     sdsfree(reason);
 }
 
+/* Its threads and children end, an attempt does, and the record stays. */
+void slotmigSourceLeave(slotMigJob *job, const char *why) {
+    interrupted(job,why);
+}
+
 /* HAVE: the target has this much. What was sent and did not arrive is as if it never was. */
 static void gotHave(slotMigJob *job, frameReader *r) {
     slotMigSource *s = job->src;
@@ -1679,6 +1689,10 @@ sds slotmigSaveVars(sds conf) {
 }
 
 int slotmigLoadVar(const char *name, const char *value) {
+    if (!strcasecmp(name,"slotmig-control")) {
+        slotmigLoadControl(value);
+        return 1;
+    }
     if (!strcasecmp(name,"slotmig-handoff") || !strcasecmp(name,"slotmig-job")) {
         slotmigLoadRecord(value,!strcasecmp(name,"slotmig-handoff"));
         return 1;
@@ -1822,10 +1836,11 @@ static void takeBack(slotMigJob *job, const char *why, int go_on) {
 
 /* This node came to be the master of slots that may have been handed over. Until it
  * knows, it serves none of them, and claims them, so that nobody else does. */
-void slotmigSourceInherit(const char *id, const char *target, const slotSet *slots, const char *how) {
+void slotmigSourceInherit(const char *id, const char *target, const slotSet *slots, const struct slotMigControl *control, const char *how) {
     slotMigJob *job = slotmigCreateJob(SLOTMIG_SOURCE,id,slots,target);
     job->src = zcalloc(sizeof(*job->src));
     job->src->recorded = 2;
+    job->control = *control;
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1))
         job->keys_total += kvstoreDictSize(server.db[0].keys,j);
     slotSetChange(&closed,&job->slots,1);
@@ -1833,7 +1848,7 @@ void slotmigSourceInherit(const char *id, const char *target, const slotSet *slo
 }
 
 /* The same before any hand-off: the slots are served, and the target is to attach. */
-void slotmigSourceResume(const char *id, const char *target, const slotSet *slots, const char *how) {
+void slotmigSourceResume(const char *id, const char *target, const slotSet *slots, const struct slotMigControl *control, const char *how) {
     for (int j = slotSetNext(slots,0); j != -1; j = slotSetNext(slots,j+1)) {
         if (server.cluster->slots[j] == server.cluster->myself) continue;
         slotmigRecordDrop(id);
@@ -1841,6 +1856,7 @@ void slotmigSourceResume(const char *id, const char *target, const slotSet *slot
     }
     slotMigJob *job = slotmigCreateJob(SLOTMIG_SOURCE,id,slots,target);
     job->src = zcalloc(sizeof(*job->src));
+    job->control = *control;
     job->interrupted_at = mstime();
     job->interruptions = 1;
     slotmigSetState(job,SLOTMIG_WAITING,how);

@@ -449,6 +449,14 @@ static void interrupted(slotMigJob *job, const char *why) {
     sdsfree(reason);
 }
 
+/* Its files do not wait for the next start, which would delete them. */
+void slotmigTargetLeave(slotMigJob *job, const char *why) {
+    interrupted(job,why);
+    if (slotmigEnded(job)) return;
+    slotmigAofDrop(job->tgt->aof);
+    job->tgt->aof = NULL;
+}
+
 /* CONNECTING again: first what has arrived is taken in. */
 static void reconnect(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
@@ -614,7 +622,7 @@ static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
 
     /* As call() does, without what concerns clients. The flags: what a replica
      * would do, without ever blocking; MASTER must be gone when c is freed. */
-    long long dirty = server.dirty, errors = server.stat_total_error_replies;
+    long long dirty = server.dirty, errors = server.stat_total_error_replies, hits = server.stat_keyspace_hits, misses = server.stat_keyspace_misses;
     int allowed = server.replication_allowed, on_error = server.propagation_error_behavior;
     int lazy_del = server.lazyfree_lazy_user_del, lazy_server_del = server.lazyfree_lazy_server_del;
     server.lazyfree_lazy_user_del = server.lazyfree_lazy_server_del = 1;    /* a DEL of something big must not take its time here */
@@ -637,6 +645,8 @@ static sds applyOp(slotMigJob *job, int slot, robj **argv, int argc) {
     server.lazyfree_lazy_user_del = lazy_del;
     server.lazyfree_lazy_server_del = lazy_server_del;
     server.dirty = dirty;   /* it counts when the slots are taken over */
+    server.stat_keyspace_hits = hits;
+    server.stat_keyspace_misses = misses;
 
     if (server.stat_total_error_replies != errors)
         error = sdscatprintf(sdsempty(),"the command '%s' of the stream failed in slot %d on key '%.64s'",
@@ -1025,7 +1035,7 @@ static void startLoaderThread(slotMigJob *job) {
         return;
     }
     t->snapshot = NULL;
-    slotmigLoaderPace(t->loader,job->control.rate,job->control.paused);
+    slotmigTargetPace(job);
     if (job->state == SLOTMIG_CONNECTING) slotmigSetState(job,SLOTMIG_LOADING,NULL);
 }
 
@@ -1424,7 +1434,8 @@ static void takeOver(slotMigJob *job) {
     slotmigBeforeEpochRaise();
     if (myself->configEpoch < job->epoch) myself->configEpoch = job->epoch;
     if (server.cluster->currentEpoch < job->epoch) server.cluster->currentEpoch = job->epoch;
-    clusterSaveConfigOrDie(0);      /* a crash of this process finds it */
+    /* A crash of this process finds it; one of the system does, too, where writes are acknowledged as such. */
+    clusterSaveConfigOrDie(server.aof_state == AOF_ON && server.aof_fsync == AOF_FSYNC_ALWAYS);
     server.dirty += slotmigShadowMerge(t->shadow);
     t->shadow = NULL;
     if (aof_error) {    /* the slots are ours already: never without their keys */
@@ -2219,10 +2230,25 @@ static void sendAck(slotMigJob *job) {
 }
 
 /* A rate that is too low for what is written meanwhile is not kept. */
+static void countLoader(slotMigJob *job, void *count) {
+    if (job->tgt && job->tgt->loader) ++*(int*)count;
+}
+
+/* What the operator said of this job, and a part of what this node may take in altogether. */
+static long long loaderRate(slotMigJob *job) {
+    long long rate = job->control.rate, all = slotmig_config.max_bandwidth, part;
+    int loaders = 0;
+    if (all == 0 || job->tgt->relayed) return rate;     /* a replica takes what comes with its master's stream */
+    slotmigEachJob(countLoader,&loaders);
+    part = loaders > 1 ? all/loaders+1 : all;
+    return rate && rate < part ? rate : part;
+}
+
 void slotmigTargetPace(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
-    long long rate = t->queued_memory > slotmig_config.buffer_limit/2 ? 0 : job->control.rate;
-    if (t->loader) slotmigLoaderPace(t->loader,rate,job->control.paused);
+    if (t->loader == NULL) return;
+    /* What is written to the slots must not pile up for want of the rest. */
+    slotmigLoaderPace(t->loader,t->queued_memory > slotmig_config.buffer_limit/2 ? 0 : loaderRate(job),job->control.paused);
 }
 
 void slotmigTargetMemory(const slotMigJob *job, struct slotMigMemory *m) {

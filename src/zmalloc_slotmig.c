@@ -82,6 +82,7 @@ static inline size_t allocatedSize(void *ptr, size_t size) {
 #if defined(USE_JEMALLOC) && !defined(USE_SYSTEM_JEMALLOC) && defined(__linux__)
 
 #include <sys/mman.h>
+#include <sys/prctl.h>
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23      /* Linux 5.14 */
@@ -92,59 +93,58 @@ static inline size_t allocatedSize(void *ptr, size_t size) {
  * what it uses; hooks of the thread's arena make the pages then, to the next multiple
  * of POPULATE_BYTES. What is made beyond is used next, as a rule; if not, it is this little. It may
  * belong to something else: then it is there, or is made for that, and nothing of it changes.
- *
- * Where the system lets a program ask for huge pages (transparent_hugepage/enabled is `madvise`), and the
- * thread comes to the beginning of one in memory that it took itself, it is made as a whole: the
- * loader then has a quarter of the faults' cost left, and a fork copies one entry instead of 512. What made
- * them disliked is over since Linux 5.8, older than MADV_POPULATE_WRITE: a write
- * after a fork copies 4 KB of it, not 2 MB. They are made here only, never by the system behind our back,
- * which would fill again what was given back to it: hence MADV_NOHUGEPAGE afterwards.
- *
  * Where it cannot be done, pages are made one by one, as ever. The arena's growth is locked
- * meanwhile, hence at most POPULATE_MAX of one allocation, of huge ones POPULATE_MAX_HUGE, and never the main
- * thread's arena. The hooks run on any thread that uses that arena, and on the allocator's own; what they
+ * meanwhile, hence POPULATE_MAX of one allocation, and never the main thread's arena.
+ *
+ * Where a program may ask for huge pages, the address space that the thread takes is to have such, for as
+ * long as it takes from there: the first page then makes its whole 2 MB. That saves most of
+ * what is left of the faults, and a fork has a part of the pages to copy. Not for longer, or the system would
+ * fill again what was given back to it. One advice for all of an address space, never one for
+ * each page: parts that differ for a moment stay apart for ever, and there may be 65530.
+ *
+ * The hooks run on any thread that uses that arena, and on the allocator's own; what they
  * share is only read once it is set. */
 #define POPULATE_BYTES (64*1024)
 #define POPULATE_MAX (256*1024)
 #define HUGE_PAGE (2*1024*1024)
-#define POPULATE_MAX_HUGE (4*HUGE_PAGE)
 
-static __thread int populates, huge_pages;
+static __thread int populates, wants_huge_pages;
 static __thread char *populated_from, *populated_to;
-static __thread char *taken_from, *taken_to;            /* address space, the last time */
+static __thread char *huge_from, *huge_to;              /* is to have huge pages now */
+static int has_huge_pages;                              /* atomic: there was any such space */
 static extent_hooks_t *plain_hooks, populating_hooks;   /* NULL: not to be changed; set once */
+
+static void endHugePages(void) {
+    if (huge_from < huge_to) madvise(huge_from,huge_to-huge_from,MADV_NOHUGEPAGE);
+    huge_from = huge_to = NULL;
+}
+
+/* In address space that was just taken. */
+static void beginHugePages(char *from, size_t size) {
+    endHugePages();
+    huge_from = (char*)(((uintptr_t)from + HUGE_PAGE-1) & ~(uintptr_t)(HUGE_PAGE-1));
+    huge_to = (char*)(((uintptr_t)from + size) & ~(uintptr_t)(HUGE_PAGE-1));
+    if (huge_from < huge_to && madvise(huge_from,huge_to-huge_from,MADV_HUGEPAGE) == 0) atomicSet(has_huge_pages,1);
+    else huge_from = huge_to = NULL;
+}
 
 static void *allocUncommitted(extent_hooks_t *hooks, void *addr, size_t size, size_t alignment, bool *zero, bool *commit, unsigned arena) {
     UNUSED(hooks);
     bool wanted = *commit;
     void *p = plain_hooks->alloc(plain_hooks,addr,size,alignment,zero,commit,arena);
     if (p && !wanted) *commit = false;
-    taken_from = p;
-    taken_to = p ? taken_from+size : NULL;
+    int error = errno;
+    if (p && wants_huge_pages) beginHugePages(p,size);
+    errno = error;
     return p;
 }
 
-static inline char *roundUp(char *p, size_t unit) {
-    return (char*)(((uintptr_t)p + unit-1) & ~(uintptr_t)(unit-1));
-}
-
 static void populate(char *from, char *to, char *ahead) {
+    int error = errno;
     /* What is ahead may be a guard of something else: EINVAL. So it is of a system that knows no such advice. */
     if (madvise(from,ahead-from,MADV_POPULATE_WRITE) == -1 && errno == EINVAL &&
         (to == ahead || (madvise(from,to-from,MADV_POPULATE_WRITE) == -1 && errno == EINVAL))) populates = 0;
-}
-
-static inline int mayBeHuge(const char *at) {
-    return huge_pages && at >= taken_from && at+HUGE_PAGE <= taken_to;
-}
-
-static void populateHuge(char *at) {
-    if (madvise(at,HUGE_PAGE,MADV_HUGEPAGE) == -1) {
-        huge_pages = 0;     /* a kernel without them */
-        return;
-    }
-    if (madvise(at,HUGE_PAGE,MADV_POPULATE_WRITE) == -1 && errno == EINVAL) populates = 0;
-    madvise(at,HUGE_PAGE,MADV_NOHUGEPAGE);
+    errno = error;
 }
 
 static bool commitPopulated(extent_hooks_t *hooks, void *addr, size_t size, size_t offset, size_t length, unsigned arena) {
@@ -152,28 +152,35 @@ static bool commitPopulated(extent_hooks_t *hooks, void *addr, size_t size, size
     if (!populates) return false;
     char *from = (char*)addr+offset, *to = from+length;
     if (from < populated_from || from > populated_to) populated_from = populated_to = from;     /* somewhere else */
-    int error = errno;
-    for (char *start = populated_to; populated_to < to && populates; ) {
-        char *at = populated_to, *huge = roundUp(at,HUGE_PAGE);
-        int is_huge = mayBeHuge(huge);
-        if (at-start >= (is_huge ? POPULATE_MAX_HUGE : POPULATE_MAX)) break;
-        if (at == huge && is_huge) {
-            populateHuge(at);
-            populated_to = at+HUGE_PAGE;
-            continue;
-        }
-        char *end = to-at > POPULATE_MAX ? at+POPULATE_MAX : to;
-        if (is_huge && end > huge) end = huge;
-        populated_to = roundUp(end,POPULATE_BYTES);
-        populate(at,end,populated_to);
-    }
-    errno = error;
+    if (to <= populated_to) return false;
+    from = populated_to;
+    if (to-from > POPULATE_MAX) to = from+POPULATE_MAX;
+    populated_to = (char*)(((uintptr_t)to + POPULATE_BYTES-1) & ~(uintptr_t)(POPULATE_BYTES-1));
+    populate(from,to,populated_to);
     return false;
 }
 
 static bool decommit(extent_hooks_t *hooks, void *addr, size_t size, size_t offset, size_t length, unsigned arena) {
     UNUSED(hooks);
     return plain_hooks->purge_forced == NULL || plain_hooks->purge_forced(plain_hooks,addr,size,offset,length,arena);
+}
+
+static int fileHas(const char *path, const char *text) {
+    char buf[128];
+    FILE *f = fopen(path,"r");
+    int has = f && fgets(buf,sizeof(buf),f) && strstr(buf,text);
+    if (f) fclose(f);
+    return has;
+}
+
+/* If the system has them always it needs no advice, unless upstream's disable-thp, the default, keeps this process from it.
+ * What made them disliked beside forks, that a write copied 2 MB, is over since Linux 5.8 (it splits the
+ * page and copies 4 KB), which is older than MADV_POPULATE_WRITE. */
+static int mayAskForHugePages(void) {
+    return madvise(NULL,0,MADV_POPULATE_WRITE) == 0 &&
+        fileHas("/sys/kernel/mm/transparent_hugepage/enabled","[madvise]") &&
+        fileHas("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size","2097152\n") &&
+        prctl(PR_GET_THP_DISABLE,0,0,0,0) == 0;
 }
 
 /* The same for each arena: what their hooks are before. Where the system does not overcommit, a
@@ -196,7 +203,7 @@ static void makePopulatingHooks(void) {
     populating_hooks.decommit = decommit;
 }
 
-/* This thread will allocate and fill much memory: until it ends. The hooks stay with its
+/* This thread will allocate and fill much memory, until it calls zmallocPopulatesEnd(). The hooks stay with its
  * arena, for the next one; other threads that allocate there are not concerned. */
 void zmallocPopulates(int with_huge_pages) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -211,12 +218,25 @@ void zmallocPopulates(int with_huge_pages) {
     if (je_mallctl(name,&now,&len,NULL,0)) return;
     if (now == plain_hooks && je_mallctl(name,NULL,NULL,&ours,sizeof(ours))) return;
     populates = now == plain_hooks || now == ours;
-    huge_pages = with_huge_pages;
+    wants_huge_pages = populates && with_huge_pages && mayAskForHugePages();
+}
+
+void zmallocPopulatesEnd(void) {
+    populates = wants_huge_pages = 0;
+    endHugePages();
+}
+
+int zmallocHasHugePages(void) {
+    int has;
+    atomicGet(has_huge_pages,has);
+    return has;
 }
 
 #else
 
 void zmallocPopulates(int with_huge_pages) { UNUSED(with_huge_pages); }
+void zmallocPopulatesEnd(void) {}
+int zmallocHasHugePages(void) { return 0; }
 
 #endif
 

@@ -286,6 +286,50 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         foreach n {0 2} {assert_error "*$id is done*nothing to alter*" {R $n cluster alter-slot-migration id $id rate 5}}
     }
 
+    test "What is wanted of a job outlives a restart of both nodes" {
+        fresh
+        fill
+        R 0 save
+        set before [slots_dump 0 {5 6 7}]
+        set id [lindex [R 0 cluster migrate-slots slotsrange 5 7 node $id2 hold waitreplicas 0 timeout 300000] 0]
+        wait_job_state 0 $id streaming
+        alter 2 $id rate 100000000
+        wait_fields $id {rate-limit 100000000}
+        wait_for_condition 500 10 {[string match "*slotmig-control $id:2,100000000,0,300000,0,1*" [read_file [lindex [R 0 config get dir] 1]/nodes.conf]]} else {
+            fail "the record is not written"
+        }
+        foreach n {0 2} {kill_node $n}
+        foreach n {0 2} {start_node_again $n}
+        foreach n {0 2} {wait_for_condition 1000 10 {![catch {job $n $id}]} else {fail "node $n does not know the job"}}
+        wait_fields $id {rate-limit 100000000 wait-replicas 0 timeout 300000 held 1}
+        wait_job_state 0 $id streaming
+        wait_for_condition 500 10 {[string match "*RELEASE*" [job_field 0 $id reason]]} else {fail "[job 0 $id]"}
+        alter 0 $id release
+        wait_migrated 0 2 $id
+        assert_same_dump $before [slots_dump 2 {5 6 7}]
+        # The record of a later one without wishes has none.
+        set id [move_slots 2 0 5 7]
+        assert_equal 0 [string match *slotmig-control* [read_file [lindex [R 2 config get dir] 1]/nodes.conf]]
+    }
+
+    test "cluster-slot-migration-max-bandwidth is for all migrations of a target together, RATE may be lower" {
+        fresh
+        fill
+        set before [slots_dump 0 {5 6 7}]
+        R 2 config set cluster-slot-migration-max-bandwidth 2mb
+        set id [migrate 0 2 5 7]
+        wait_migrated 0 2 $id
+        assert_equal 0 [job_field 0 $id rate-limit]
+        assert_rate 2097152 [loaded_rate $id]
+        assert_same_dump $before [slots_dump 2 {5 6 7}]
+        move_slots 2 0 5 7
+        R 2 config set cluster-slot-migration-max-bandwidth 4mb
+        set ids [R 0 cluster migrate-slots slotsrange 5 5 node $id2 slotsrange 6 6 node $id2 slotsrange 7 7 node $id2 rate 1000000]
+        foreach id $ids {wait_migrated 0 2 $id}
+        assert_rate 1000000 [loaded_rate [lindex $ids 0]]
+        R 2 config set cluster-slot-migration-max-bandwidth 0
+    }
+
     test "Each job has its own rate, and a held one keeps nobody from moving" {
         fresh
         fill

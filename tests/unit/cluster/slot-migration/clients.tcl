@@ -445,6 +445,8 @@ start_cluster 3 0 {tags {external:skip cluster}} {
             catch {R 0 lpush $moving $i}
         }
         catch {R 0 incr [key_in 10 list]}
+        R 0 sadd [key_in 10 set] a
+        R 0 sunionstore [key_in 10 union] [key_in 10 set] [key_in 10 none]
         wait_followed $id
         assert_equal $before [counted 2]
         foreach name {lpush rpush set restore del} {

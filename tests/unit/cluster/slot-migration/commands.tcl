@@ -310,6 +310,10 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         set listed {}
         foreach job [R 0 cluster slot-migrations] {lappend listed [dict get $job id]}
         assert_equal [lrange $ids 0 2] $listed
+        # Nothing runs, and it counts.
+        R 0 config set cluster-slot-migration-log-max-len 2
+        assert_equal 2 [llength [R 0 cluster slot-migrations]]
+        R 0 config set cluster-slot-migration-log-max-len 3
         assert_error "*Unknown slot migration '[lindex $ids 4]'*SLOT-MIGRATIONS*" {R 0 cluster slot-migrations id [lindex $ids 4]}
         assert_error "*Unknown slot migration 'x'*" {R 0 cluster slot-migrations id x}
         assert_error "*syntax*" {R 0 cluster slot-migrations nonsense}
@@ -422,6 +426,8 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         assert_equal [expr {$bytes_in+$bytes}] [CI 2 cluster_slot_migration_bytes_imported]
         assert_equal [expr {$in+10}] [CI 2 cluster_slot_migration_keys_imported]
         assert_morethan [CI 0 cluster_slot_migration_longest_write_pause_us] 0
+        R 0 config resetstat
+        assert_equal 0 [CI 0 cluster_slot_migration_longest_write_pause_us]
         assert_not_equal "" [getInfoProperty [R 0 info server] slot_migration_version]
         foreach word {MIGRATE-SLOTS SLOT-MIGRATIONS CANCEL-SLOT-MIGRATIONS} {
             assert_match "*$word*" [R 0 cluster help]

@@ -233,7 +233,7 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save "" repl-diskless
     test "A master that is shut down and comes back without the job: its replica, which goes on with its stream, drops it" {
         fresh_shards $::slots
         fill
-        set id [lindex [R 0 cluster migrate-slots slotsrange 3 11 node [node_id 2] hold] 0]
+        set id [lindex [R 0 cluster migrate-slots slotsrange 3 11 node [node_id 2] hold timeout 0] 0]
         wait_job_state 2 $id following
         wait_for_condition 1000 10 {![catch {job 5 $id}]} else {fail "node 5 has no job"}
         wait_job_state 5 $id following

@@ -228,6 +228,98 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         assert_same_as_replica $other
     }
 
+    test "Clients that cache keys from the source's replica are told to forget them" {
+        lassign [fill_owner] owner other
+        set replica [expr {$owner+3}]
+        set key [key_in 5 k2]
+        wait_for_condition 500 10 {[offsets_agree $owner]} else {fail "the replica is behind"}
+        set told [redis_deferring_client -$replica]
+        $told client id
+        set id [$told read]
+        $told subscribe __redis__:invalidate
+        $told read
+        set reader [redis_deferring_client -$replica]
+        foreach command [list readonly [list client tracking on redirect $id]] {
+            $reader {*}$command
+            assert_equal OK [$reader read]
+        }
+        $reader get $key
+        assert_match *:2 [$reader read]
+        wait_migrated $owner $other [migrate_with $owner $other]
+        set message [$told read]
+        assert_equal {message __redis__:invalidate} [lrange $message 0 1]
+        assert {[lindex $message 2] eq "" || $key in [lindex $message 2]}
+        $reader close
+        $told close
+    }
+
+    test "What the operator wants of a job is known to the source's replica, and holds when that is promoted" {
+        lassign [fill_owner] owner other
+        set replica [expr {$owner+3}]
+        set id [migrate_with $owner $other HOLD WAITREPLICAS 0]
+        wait_job_state $owner $id streaming
+        assert_equal OK [R $owner cluster alter-slot-migration id $id rate 1234567]
+        set before [slots_dump $owner $::slots]
+        wait_for_condition 500 10 {[string match "*slotmig-control $id:2,1234567,0,-1,0,1*" [read_file [lindex [R $replica config get dir] 1]/nodes.conf]]} else {
+            fail "the record is [read_file [lindex [R $replica config get dir] 1]/nodes.conf]"
+        }
+        # Not from the target: it stands still.
+        for {set n 0} {$n < 6} {incr n} {R $n config set cluster-node-timeout 600000}
+        pause_process [node_pid $other]
+        assert_equal OK [R $replica cluster failover takeover]
+        wait_for_condition 1000 10 {![catch {job $replica $id} job]} else {fail "node $replica has no job"}
+        foreach {field value} {held 1 rate-limit 1234567 wait-replicas 0} {assert_equal $value [dict get $job $field]}
+        resume_process [node_pid $other]
+        for {set n 0} {$n < 6} {incr n} {R $n config set cluster-node-timeout 3000}
+        wait_job_state $replica $id streaming
+        assert_equal OK [R $replica cluster alter-slot-migration id $id release rate 0]
+        wait_migrated $replica $other $id
+        assert_same_dump $before [slots_dump $other $::slots]
+        # The shard's first node is its master again.
+        wait_for_condition 1000 10 {[status [Rn $owner] role] eq "slave" && [status [Rn $owner] master_link_status] eq "up"} else {fail "no replica"}
+        assert_equal OK [R $owner cluster failover]
+        wait_for_condition 1000 10 {[status [Rn $owner] role] eq "master" && [status [Rn $replica] role] eq "slave" &&
+            [status [Rn $replica] master_link_status] eq "up"} else {fail "no way back"}
+        wait_cluster_agrees
+    }
+
+    test "A job is not cancelled at a replica of its target: it is its master's" {
+        lassign [fill_owner] owner other
+        set replica [expr {$other+3}]
+        set copies [full_syncs $other]
+        set id [migrate_with $owner $other HOLD]
+        wait_job_state $other $id following
+        wait_for_condition 1000 10 {![catch {job $replica $id}]} else {fail "node $replica has no job"}
+        wait_job_state $replica $id following
+        assert_error "*is this node's master's: cancel it there*" {R $replica cluster cancel-slot-migrations id $id}
+        assert_error "*is this node's master's: cancel it there*" {R $replica cluster cancel-slot-migrations id $id force}
+        assert_equal 0 [R $replica cluster cancel-slot-migrations all]
+        R $owner cluster alter-slot-migration id $id release
+        wait_migrated $owner $other $id
+        wait_job_state $replica $id done
+        assert_equal $copies [full_syncs $other]
+    }
+
+    test "WAITREPLICAS is lowered when the slots are taken over and the replica that is to have them is gone" {
+        lassign [fill_owner] owner other
+        set replica [expr {$other+3}]
+        failpoint $other target_before_takeover pause
+        set id [migrate_with $owner $other WAITREPLICAS 1]
+        wait_job_state $owner $id committed
+        pause_process [node_pid $replica]
+        failpoint $other target_before_takeover off
+        wait_job_state $other $id taken
+        assert_error "*nothing to alter*" {R $other cluster alter-slot-migration id $id hold}
+        assert_error "*nothing to alter*" {R $other cluster alter-slot-migration id $id waitreplicas 0 hold}
+        assert_equal taken [job_field $other $id state]
+        assert_equal OK [R $other cluster alter-slot-migration id $id waitreplicas 0]
+        wait_for_condition 1000 10 {[job_field $other $id state] eq "done"} else {fail "[job $other $id]"}
+        resume_process [node_pid $replica]
+        wait_migrated $owner $other $id
+        wait_for_condition 1000 10 {[status [Rn $replica] master_link_status] eq "up"} else {fail "no replica"}
+        assert_same_as_replica $other
+    }
+
     test "A job that is cancelled leaves nothing at the replicas" {
         lassign [fill_owner] owner other
         set replica [expr {$other+3}]

@@ -907,3 +907,27 @@ start_cluster 3 0 {tags {external:skip cluster modules}} {
         }
     }
 }
+
+start_cluster 3 0 {tags {external:skip cluster modules}} {
+    test "A module that listens for keys that go hears of none that arrives, until it is served" {
+        fresh
+        build_test_modules hooks
+        load_test_module 2 hooks
+        foreach name {overwritten deleted renamed} {R 0 set [key_in 1 $name] 1}
+        failpoint 0 source_before_cut pause
+        set id [migrate 0 2 0 3]
+        wait_job_state 2 $id following
+        R 0 set [key_in 1 overwritten] 2
+        R 0 del [key_in 1 deleted]
+        R 0 rename [key_in 1 renamed] [key_in 1 overwritten]
+        R 0 set [key_in 1 last] 1
+        set before [slots_dump 0 1]
+        wait_for_condition 500 10 {[job_field 0 $id stream-lag-bytes] == 0} else {fail "[job 0 $id]"}
+        foreach name {overwritten deleted renamed} {assert_equal 0 [R 2 hooks.event_count key-info-[key_in 1 $name]]}
+        failpoint 0 source_before_cut off
+        wait_migrated 0 2 $id
+        assert_same_dump $before [slots_dump 2 1]
+        R 2 del [key_in 1 overwritten]
+        assert_equal 1 [R 2 hooks.event_count key-info-[key_in 1 overwritten]]
+    }
+}
