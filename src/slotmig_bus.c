@@ -11,6 +11,8 @@
  *             where others are heard, but do not hear this node.)
  *   echo      Every message carries its sender's current epoch. An epoch that a
  *             majority has echoed is below that of every later election.
+ *   apart     When did it last stand still or see itself in a minority? The others may have marked it as failing
+ *             then, and a master does not wait for a replica that is.
  *   lineage   The master, whichever it is now, of the shard that a node belongs to.
  *
  * No message is new: these are upstream's PINGs and their answers.
@@ -32,6 +34,8 @@ static mstime_t last_turn;      /* by the monotonic clock, as the next */
 static mstime_t still_until;    /* when this node last began to run */
 static mstime_t still_wall;     /* the same by the clock that upstream stamps answers with */
 
+static mstime_t minority_wall;  /* when it last was in a minority, by that clock */
+
 static mstime_t monotonicMs(void) {
     return getMonotonicUs()/1000;
 }
@@ -50,6 +54,11 @@ void slotmigBusTurn(void) {
     }
     last_turn = now;
     lookForMinority(now);
+}
+
+/* By mstime(). */
+mstime_t slotmigLastApart(void) {
+    return still_wall > minority_wall ? still_wall : minority_wall;
 }
 
 /* Of the masters with slots: those for which heard() holds; *size: all of them. */
@@ -91,7 +100,9 @@ static void lookForMinority(mstime_t now) {
     if (now - looked_at < LOOK_PERIOD || now - still_until < SETTLE_MS) return;     /* (that is another reason) */
     looked_at = now;
     int heard = countMasters(answeredNow,0,&size);
-    if (heard < size/2+1) in_minority_at = now;
+    if (heard >= size/2+1) return;
+    in_minority_at = now;
+    minority_wall = mstime();
 }
 
 /* As long as upstream waits before a master that was in a minority takes writes again. */

@@ -550,7 +550,7 @@ void slotmigBeforeSleep(void) {
         started = 1;
         slotmigGivenDropped();
         slotmigLackingStart();
-        slotmigInherit("this node was restarted");
+        slotmigInherit("this node was restarted",0);
     }
     if (!slotmigActive()) {
         turnEnds();
@@ -604,7 +604,7 @@ void slotmigPromoted(clusterNode *old) {
     slotmigGivenPromoted();
     slotmigLackingPromoted();
     slotmigEachJob(promotedJob,NULL);
-    slotmigInherit("this node replaced its master");
+    slotmigInherit("this node replaced its master",slotmigLastApart());
 }
 
 /* A job goes on when this node is back, as after a lost link: the source has a record, and who was

@@ -422,6 +422,7 @@ int slotmigRivalCommand(client *c);                 /* 1: it was one of them */
 /* ---- what the cluster bus tells (slotmig_bus.c) ---- */
 
 void slotmigBusTurn(void);
+mstime_t slotmigLastApart(void);    /* when this node may have been taken for failing, by mstime() */
 int slotmigFresh(sds *why);
 int slotmigFreshOfMajority(sds *why);
 int slotmigEpochEchoed(uint64_t epoch);
@@ -446,7 +447,7 @@ void slotmigLoadControl(const char *value);         /* of a record that was load
 sds slotmigControlText(const struct slotMigControl *c);
 int slotmigParseControl(const char *text, struct slotMigControl *c);
 int slotmigParseRanges(const char *p, slotSet *slots);      /* "3-10,20"; 0: it is none */
-void slotmigInherit(const char *how);
+void slotmigInherit(const char *how, mstime_t apart);
 int slotmigRecordCovers(int slot);
 int slotmigAnyRecord(void);
 int slotmigAnyHandoff(void);

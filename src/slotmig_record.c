@@ -11,7 +11,9 @@
  *
  * Whoever comes to be the master of the slots' lineage with a record of a job (a source
  * that was restarted, a replica that was promoted) waits for the target to attach. With
- * one of a hand-off it does not know how the hand-off ended.
+ * one of a hand-off it does not know how the hand-off ended. Nor does a replica that may have been given up as
+ * failing since it was told of the job, and missed that a hand-off is near: its master does not wait for such ones.
+ * (Each new connection is told of the job again, behind all that was said before.)
  * It claims the slots, so that nobody else does, serves none of them, and asks the
  * target's shard: a job in state INHERITED. TAKEN: they go there. DISCARDED: they
  * are served here again.
@@ -38,6 +40,7 @@
 typedef struct handoffRecord {
     char id[SLOTMIG_ID_LEN+1], target[CLUSTER_NAMELEN+1];
     int handoff;
+    mstime_t told;      /* when the master last said so; 0: not since the start */
     slotSet slots;
     struct slotMigControl control;
 } handoffRecord;
@@ -120,6 +123,7 @@ void slotmigAskRecords(void) {
 void slotmigRecordPut(const char *id, const char *target, const slotSet *slots, int handoff, const struct slotMigControl *control) {
     slotmigRecordsEnd(slots,id);
     putRecord(id,target,slots,handoff,control);
+    ((handoffRecord*)listNodeValue(findRecord(id)))->told = mstime();
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 }
 
@@ -203,8 +207,9 @@ void slotmigLoadControl(const char *value) {
 
 /* ---- a master with records that are not its own doing ---- */
 
-/* Called at the end of a promotion, and in the first turn after the start. */
-void slotmigInherit(const char *how) {
+/* Called at the end of a promotion, and in the first turn after the start. `apart`: words since then may have been
+ * missed; 0: none. */
+void slotmigInherit(const char *how, mstime_t apart) {
     listIter li;
     listNode *ln;
     if (records == NULL || !clusterNodeIsMaster(server.cluster->myself)) return;
@@ -213,6 +218,12 @@ void slotmigInherit(const char *how) {
         handoffRecord *r = listNodeValue(ln);
         slotMigJob *job = slotmigFindJob(r->id);
         if (job && !slotmigEnded(job)) continue;
+        if (!r->handoff && r->told <= apart && apart) {
+            serverLog(LL_NOTICE,"Slot migration %.8s: this node was cut off before it took its master's place, and may not "
+                "have heard that a hand-off is near",r->id);
+            r->handoff = 1;
+            clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+        }
         if (r->handoff) slotmigSourceInherit(r->id,r->target,&r->slots,&r->control,how);
         else slotmigSourceResume(r->id,r->target,&r->slots,&r->control,how);
     }

@@ -1526,10 +1526,17 @@ static void askDone(connection *conn, const char *line, const char *error, void 
 }
 
 static void askSource(slotMigJob *job) {
+    slotMigTarget *t = job->tgt;
     clusterNode *source = slotmigLineageMaster(job->peer,0);
-    if ((job->tgt->stream && !job->tgt->ask_anyway) || job->tgt->ask || mstime() < job->tgt->next_ask) return;
-    if (source == NULL) slotmigSetReason(job,"prepared; the source was forgotten: CLUSTER MEET it again");
-    else job->tgt->ask = slotmigAsk(job,source,askDone);
+    if (t->stream && !t->ask_anyway) return;
+    if (source == NULL) {       /* nor is one asked any more that was before */
+        slotmigDialCancel(t->ask);
+        t->ask = NULL;
+        slotmigSetReason(job,"prepared; the source was forgotten: CLUSTER MEET it again");
+        return;
+    }
+    if (t->ask || mstime() < t->next_ask) return;
+    t->ask = slotmigAsk(job,source,askDone);
 }
 
 /* To the source's shard. An asker that inherited the hand-off does not know whether

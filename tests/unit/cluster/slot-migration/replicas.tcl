@@ -283,6 +283,52 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         wait_cluster_agrees
     }
 
+    test "A replica that was cut off when the hand-off began, and takes its master's place, serves none of the slots before the target has answered" {
+        lassign [fill_owner] owner other
+        set replica [expr {$owner+3}]
+        set before [slots_dump $owner $::slots]
+        set id [migrate_with $owner $other HOLD WAITREPLICAS 0]
+        wait_job_state $owner $id streaming
+        set conf [lindex [R $replica config get dir] 1]/nodes.conf
+        set name [node_id $replica]
+        wait_for_condition 500 10 {[string match "*slotmig-job $id*" [read_file $conf]]} else {fail "the replica has no record: [read_file $conf]"}
+        R $replica config set masterauth wrong
+        R $owner client kill type replica
+        wait_for_condition 500 10 {[status [Rn $owner] connected_slaves] == 0} else {fail "the replica keeps its link"}
+        pause_process [node_pid $replica]
+        wait_for_condition 3000 10 {[regexp "$name \[^\n\]* slave,fail " [R $owner cluster nodes]]} else {fail "not failing: [R $owner cluster nodes]"}
+        foreach n [list 1 $owner $other 4 [expr {$other+3}]] {R $n config set cluster-node-timeout 600000}
+        failpoint $other target_before_takeover pause
+        assert_equal OK [R $owner cluster alter-slot-migration id $id release]
+        wait_job_state $owner $id committed
+        pause_process [node_pid $other]
+        kill_node $owner
+        resume_process [node_pid $replica]
+        R $replica config set cluster-node-timeout 600000
+        assert_no_match "*slotmig-handoff*" [read_file $conf]
+        assert_equal OK [R $replica cluster failover takeover]
+        wait_for_condition 1000 10 {![catch {job $replica $id}]} else {fail "node $replica has no job"}
+        assert_equal inherited [job_field $replica $id state]
+        assert_match "*slotmig-handoff $id*" [read_file $conf]
+        assert {[catch {R $replica set [key_in 5 k1] x}]}
+        # The target is asked, and answers what then is so.
+        resume_process [node_pid $other]
+        failpoint $other target_before_takeover off
+        foreach n [list 1 $other 4 [expr {$other+3}] $replica] {R $n config set cluster-node-timeout 3000}
+        wait_for_condition 3000 10 {[jobs_running $replica] == 0 && [jobs_running $other] == 0} else {
+            fail "no end: [R $replica cluster slot-migrations], [R $other cluster slot-migrations]"
+        }
+        start_node_again $owner
+        wait_cluster_agrees
+        assert_same_dump $before [slots_dump [slot_owner 1 3] $::slots]
+        R $replica config set masterauth ""
+        wait_for_condition 2000 10 {[status [Rn $owner] role] eq "slave" && [status [Rn $owner] master_link_status] eq "up"} else {fail "no replica"}
+        assert_equal OK [R $owner cluster failover]
+        wait_for_condition 2000 10 {[status [Rn $owner] role] eq "master"} else {fail "no way back"}
+        wait_for_condition 2000 10 {[status [Rn $replica] role] eq "slave" && [status [Rn $replica] master_link_status] eq "up"} else {fail "no replica"}
+        wait_cluster_agrees
+    }
+
     test "A job is not cancelled at a replica of its target: it is its master's" {
         lassign [fill_owner] owner other
         set replica [expr {$other+3}]
