@@ -720,7 +720,7 @@ start_cluster 3 0 {tags {external:skip cluster} overrides {save ""}} {
         foreach wanted {no yes} {
             R 2 config set cluster-slot-migration-huge-pages $wanted
             set slot [expr {$wanted ? 6 : 5}]
-            for {set part 0} {$part < 2000} {incr part 100} {
+            for {set part 0} {$part < [expr {$wanted ? 2000 : 300}]} {incr part 100} {
                 R 0 eval {for i = ARGV[2]+1, ARGV[2]+100 do redis.call('set','{' .. ARGV[1] .. '}' .. i,string.rep(i % 10,100000)) end} 1 [key_in $slot k] [slot_tag $slot] $part
             }
             wait_for_cluster_state ok
