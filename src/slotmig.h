@@ -134,8 +134,8 @@ void kvstorePrefetchDict(struct _kvstore *kvs, int didx);  /* its size is wanted
 
 /* ---- zmalloc_slotmig.c, part of zmalloc.c ---- */
 void zmallocPopulates(int with_huge_pages);         /* this thread fills much memory */
-void zmallocPopulatesEnd(void);
-int zmallocHasHugePages(void);                      /* asked for by such a thread */
+void zmallocPopulatesEnd(void);                     /* the same thread, before it ends */
+int zmallocHasHugePages(void);                      /* such a thread has asked for them; any thread */
 void zmallocGiveBack(void);                         /* what was freed, to the system; any thread but the main one, takes long */
 
 /* ---- slot_rdb.c: the sections and the index of every RDB that a cluster node writes.

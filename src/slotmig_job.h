@@ -393,7 +393,7 @@ long long slotmigCancelAll(int (*chosen)(const slotMigJob *job));
 void slotmigReplyText(client *c, const char *name, const char *text);
 void slotmigReplyNumber(client *c, const char *name, long long v);
 void slotmigReplyNode(client *c, const char *name, const slotMigJob *job, slotMigRole end);
-void slotmigTrimLog(void);
+void slotmigTrimLog(void);      /* frees ended jobs: by no command that has one in its hand */
 void slotmigReplyJobs(client *c, void (*one)(client *c, slotMigJob *job));
 
 sds slotmigParseRangeArgs(client *c, int *at, slotSet *slots, slotSet *all);

@@ -73,6 +73,8 @@ int slotmigParseControl(const char *text, struct slotMigControl *c) {
         text[end] == '\0' && c->rate >= 0 && c->wait_replicas >= -1 && c->timeout >= -1)
     {
         c->version = version;
+        c->paused = c->paused != 0;
+        c->held = c->held != 0;
         return 1;
     }
     *c = no_control;
@@ -80,7 +82,7 @@ int slotmigParseControl(const char *text, struct slotMigControl *c) {
 }
 
 /* Not written to nodes.conf here. */
-static void putRecord(const char *id, const char *target, const slotSet *slots, int handoff, const struct slotMigControl *control) {
+static handoffRecord *putRecord(const char *id, const char *target, const slotSet *slots, int handoff, const struct slotMigControl *control) {
     listNode *ln = findRecord(id);
     handoffRecord *r = ln ? listNodeValue(ln) : zcalloc(sizeof(*r));
     memcpy(r->id,id,SLOTMIG_ID_LEN);
@@ -90,6 +92,7 @@ static void putRecord(const char *id, const char *target, const slotSet *slots, 
     r->control = *control;
     if (records == NULL) records = listCreate();
     if (ln == NULL) listAddNodeTail(records,r);
+    return r;
 }
 
 /* Slots that are handed over again, or came back, have no older hand-off in doubt.
@@ -122,8 +125,7 @@ void slotmigAskRecords(void) {
 
 void slotmigRecordPut(const char *id, const char *target, const slotSet *slots, int handoff, const struct slotMigControl *control) {
     slotmigRecordsEnd(slots,id);
-    putRecord(id,target,slots,handoff,control);
-    ((handoffRecord*)listNodeValue(findRecord(id)))->told = mstime();
+    putRecord(id,target,slots,handoff,control)->told = mstime();
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 }
 
@@ -202,7 +204,8 @@ void slotmigLoadRecord(const char *value, int handoff) {
 void slotmigLoadControl(const char *value) {
     listNode *ln = strlen(value) > SLOTMIG_ID_LEN && value[SLOTMIG_ID_LEN] == ':' ? findRecord(value) : NULL;
     if (ln == NULL || !slotmigParseControl(value+SLOTMIG_ID_LEN+1,&((handoffRecord*)listNodeValue(ln))->control))
-        serverLog(LL_WARNING,"nodes.conf: what is wanted of a slot migration is not understood and left out: %.100s",value);
+        serverLog(LL_WARNING,"nodes.conf: what is wanted of a slot migration is not understood and left out (CLUSTER "
+            "ALTER-SLOT-MIGRATION says it again): %.100s",value);
 }
 
 /* ---- a master with records that are not its own doing ---- */
@@ -218,7 +221,7 @@ void slotmigInherit(const char *how, mstime_t apart) {
         handoffRecord *r = listNodeValue(ln);
         slotMigJob *job = slotmigFindJob(r->id);
         if (job && !slotmigEnded(job)) continue;
-        if (!r->handoff && r->told <= apart && apart) {
+        if (apart && r->told <= apart && !r->handoff) {
             serverLog(LL_NOTICE,"Slot migration %.8s: this node was cut off before it took its master's place, and may not "
                 "have heard that a hand-off is near",r->id);
             r->handoff = 1;

@@ -526,6 +526,23 @@ proc dump_file {n} {
     file join [lindex [R $n config get dir] 1] dump.rdb
 }
 
+# A client of this node that hears invalidations for those that redirect to it; and its id.
+proc invalidations_of {n} {
+    set rd [redis_deferring_client -$n]
+    $rd client id
+    set id [$rd read]
+    $rd subscribe __redis__:invalidate
+    $rd read
+    list $rd $id
+}
+
+# The next that it hears is of this key, or of all.
+proc assert_invalidated {rd key} {
+    set message [$rd read]
+    assert_equal {message __redis__:invalidate} [lrange $message 0 1]
+    assert {[lindex $message 2] eq "" || $key in [lindex $message 2]}
+}
+
 proc read_file {name} {
     set fd [open $name rb]
     set bytes [read $fd]

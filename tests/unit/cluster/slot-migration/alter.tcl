@@ -323,6 +323,16 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         assert_rate 2097152 [loaded_rate $id]
         assert_same_dump $before [slots_dump 2 {5 6 7}]
         move_slots 2 0 5 7
+        # Each for itself would make it 6.
+        set bytes 0
+        set ms 0
+        foreach id [R 0 cluster migrate-slots slotsrange 5 5 node $id2 slotsrange 6 6 node $id2 slotsrange 7 7 node $id2] {
+            wait_migrated 0 2 $id
+            incr bytes [job_field 2 $id bytes-done]
+            set ms [expr {max($ms,[dict get [job_field 2 $id phase-ms] loading])}]
+        }
+        assert_lessthan [expr {$bytes*1000/$ms}] 3500000
+        move_slots 2 0 5 7
         R 2 config set cluster-slot-migration-max-bandwidth 4mb
         set ids [R 0 cluster migrate-slots slotsrange 5 5 node $id2 slotsrange 6 6 node $id2 slotsrange 7 7 node $id2 rate 1000000]
         foreach id $ids {wait_migrated 0 2 $id}

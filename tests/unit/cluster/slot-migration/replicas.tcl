@@ -233,11 +233,7 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         set replica [expr {$owner+3}]
         set key [key_in 5 k2]
         wait_for_condition 500 10 {[offsets_agree $owner]} else {fail "the replica is behind"}
-        set told [redis_deferring_client -$replica]
-        $told client id
-        set id [$told read]
-        $told subscribe __redis__:invalidate
-        $told read
+        lassign [invalidations_of $replica] told id
         set reader [redis_deferring_client -$replica]
         foreach command [list readonly [list client tracking on redirect $id]] {
             $reader {*}$command
@@ -246,9 +242,7 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         $reader get $key
         assert_match *:2 [$reader read]
         wait_migrated $owner $other [migrate_with $owner $other]
-        set message [$told read]
-        assert_equal {message __redis__:invalidate} [lrange $message 0 1]
-        assert {[lindex $message 2] eq "" || $key in [lindex $message 2]}
+        assert_invalidated $told $key
         $reader close
         $told close
     }

@@ -64,7 +64,7 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
         }
     }
 
-    test "SHUTDOWN of a source whose job the target has not accepted: it is gone, and says so" {
+    test "SHUTDOWN of a source whose job the target has not accepted: it is gone, at both ends" {
         home
         fill_moving 0
         set before [slots_dump 0 {5 6 7}]

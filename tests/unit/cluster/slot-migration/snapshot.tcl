@@ -739,19 +739,5 @@ start_cluster 3 0 {tags {external:skip cluster} overrides {save ""}} {
                 assert_lessthan [memory_areas] [expr {$areas+60}]
             }
         }
-        # A write while a child has them, too, copies 4 KB.
-        R 2 config set rdb-key-save-delay 100000
-        R 2 bgsave
-        foreach i {1 2 3 4 5 6 7 8} {R 2 setrange "{[slot_tag 6]}$i" 10 x}
-        set written [slots_dump 2 6]
-        R 2 config set rdb-key-save-delay 0
-        assert_equal 1 [s -2 rdb_bgsave_in_progress]
-        exec kill -USR1 [node_children 2]
-        wait_for_condition 500 20 {[s -2 rdb_bgsave_in_progress] == 0} else {fail "BGSAVE does not end"}
-        R 2 bgsave
-        wait_for_condition 500 20 {[s -2 rdb_bgsave_in_progress] == 0} else {fail "BGSAVE does not end"}
-        assert_equal ok [s -2 rdb_last_bgsave_status]
-        R 2 debug reload nosave
-        assert_same_dump $written [slots_dump 2 6]
     }
 }
