@@ -497,7 +497,9 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save ""}} {
         wait_for_condition 1000 10 {[status [Rn 2] role] eq "master" && [CI 2 cluster_state] eq "ok"} else {fail [R 2 cluster nodes]}
         assert_error "CLUSTERDOWN Hash slot not served*" {R 2 set [key_in 3 probe] x}
         wait_for_condition 1000 10 {[status [Rn 5] role] eq "slave" && [status [Rn 5] master_link_status] eq "up"} else {fail [R 5 cluster nodes]}
+        wait_for_condition 1000 10 {[llength [R 2 cluster replicas [node_id 2]]] == 1} else {fail [R 2 cluster nodes]}
         kill_node 5
+        R 2 config set cluster-slot-migration-wait-replicas 0   ;# the job goes on from the start, and its replica is dead
         # It gives them up, and says so as often as it is asked: the first answer may be lost.
         failpoint 0 source_before_take_back fail
         failpoint 0 source_before_ask off
