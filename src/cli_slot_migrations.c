@@ -427,13 +427,23 @@ static int viewEnd(redisReply *map) {
     return strcmp(viewText(map,"role"),"source") ? TARGET : SOURCE;
 }
 
-/* Ask w for the job as that end sees it. */
+static int viewFailed(redisReply *map) {
+    return !strcmp(viewText(map,"state"),"failed");
+}
+
+/* `failed` at a node may say only that another one goes on in its place: a master that its
+ * replica replaced, a replica of the target's. It counts if nobody knows better. */
+static void takeView(cliJob *job, int end, watchedNode *w, redisReply **map) {
+    if (!job->answers[end] || (viewFailed(job->view[end]) && !viewFailed(*map))) setView(job,end,w,map);
+}
+
+/* Ask w for the job as that end sees it. 0: others may know more. */
 static int pollJobAt(cliJob *job, int end, watchedNode *w) {
     redisReply *reply = w->unpatched ? NULL : watchedAsk(w,"SLOT-MIGRATIONS",job->id);
     if (reply && reply->type == REDIS_REPLY_ARRAY && reply->elements == 1 && viewEnd(reply->element[0]) == end)
-        setView(job,end,w,reply->element);
+        takeView(job,end,w,reply->element);
     if (reply) freeReplyObject(reply);
-    return job->answers[end];
+    return job->answers[end] && !viewFailed(job->view[end]);
 }
 
 /* Has it ended? The source has the last word, for it goes on when the target is through;
@@ -461,8 +471,9 @@ static void pollJob(cliJob *job) {
     for (int end = SOURCE; end <= TARGET; end++) {
         job->answers[end] = 0;
         if (job->at[end] && pollJobAt(job,end,job->at[end])) continue;
-        for (int i = 0; i < watched_count && !job->answers[end]; i++)
-            if (watched+i != job->at[end]) pollJobAt(job,end,watched+i);
+        watchedNode *first = job->at[end];
+        for (int i = 0; i < watched_count; i++)
+            if (watched+i != first && pollJobAt(job,end,watched+i)) break;
     }
     lookWhetherEnded(job);
 }
@@ -486,7 +497,7 @@ static void loadJobs(list *jobs) {
                 job = createJob(viewText(map,"id"));
                 listAddNodeTail(jobs,job);
             }
-            if (!job->answers[end]) setView(job,end,watched+i,reply->element+j);
+            takeView(job,end,watched+i,reply->element+j);
         }
         if (reply) freeReplyObject(reply);
     }

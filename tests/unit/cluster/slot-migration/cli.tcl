@@ -550,5 +550,17 @@ start_cluster 3 3 {tags {external:skip cluster tls:skip}} {
         cli_ok rebalance [addr 4]
         wait_shard_in_step 0
     }
+
+    test "What a source says that its replica has replaced is not the migration's end" {
+        set ::before0 [job_ids 0]
+        lassign [start_held_reshard 0] fd id
+        R 3 cluster failover
+        wait_job_state 0 $id failed
+        wait_job_state 3 $id done
+        assert_equal 0 [wait_cli $fd] $::output
+        assert_match "*\\\[OK\\\] Moved 10 slots: *" $::output
+        assert_match "* done *" [cli_ok slot-migrations [addr 4]]
+        assert_no_match "* failed *" $::output
+    }
     end_clis
 }
