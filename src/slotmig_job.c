@@ -594,17 +594,18 @@ void slotmigClusterReset(void) {
     unblockPostponedClients();
 }
 
-static void promotedJob(slotMigJob *job, void *arg) {
-    UNUSED(arg);
-    if (job->role == SLOTMIG_TARGET) slotmigTargetPromoted(job);
+static void promotedJob(slotMigJob *job, void *old) {
+    if (job->role == SLOTMIG_TARGET) slotmigTargetPromoted(job,old);
 }
 
 void slotmigPromoted(clusterNode *old) {
     slotmigReplaced(old);
     slotmigGivenPromoted();
     slotmigLackingPromoted();
-    slotmigEachJob(promotedJob,NULL);
-    slotmigInherit("this node replaced its master",slotmigLastApart());
+    slotmigEachJob(promotedJob,old);
+    /* A failover in order waits for all that the master has said. */
+    int in_order = server.cluster->mf_can_start && server.cluster->mf_master_offset != -1;
+    slotmigInherit("this node replaced its master",in_order ? 0 : slotmigLastApart());
 }
 
 /* A job goes on when this node is back, as after a lost link: the source has a record, and who was

@@ -355,7 +355,7 @@ void slotmigTargetPace(slotMigJob *job);            /* the control changed */
 void slotmigTargetMemory(const slotMigJob *job, struct slotMigMemory *m);   /* adds to it */
 int slotmigTargetBusy(const slotMigJob *job);       /* is there work for the next slice? */
 sds slotmigTargetAnswer(slotMigJob *job, const char *asker, int inherited, int committed);     /* to ASK; NULL: by the slot map */
-void slotmigTargetPromoted(slotMigJob *job);
+void slotmigTargetPromoted(slotMigJob *job, const clusterNode *old);
 int slotmigReplicaFollows(const slotMigJob *job);
 int slotmigIsRelayed(const slotMigJob *job);        /* this node is a replica, its master moves the slots */
 /* On a replica, what the master's words ask for. */
@@ -440,6 +440,7 @@ void slotmigRecordDrop(const char *id);
 void slotmigRecordsClear(void);
 void slotmigRecordsEnd(const slotSet *slots, const char *but);
 void slotmigAskRecords(void);                       /* at the end of a turn */
+void slotmigRecordStands(const char *id, mstime_t then);
 void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id));
 sds slotmigSaveRecords(sds conf);
 void slotmigLoadRecord(const char *value, int handoff);
@@ -663,7 +664,7 @@ typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRA
     X(source_repeats_command) X(source_drops_command) \
     X(target_before_accept) X(target_before_load) X(target_before_section) X(target_before_apply) \
     X(target_before_prepared) X(target_prepared) X(target_before_takeover) X(target_after_takeover) \
-    X(target_replica_prepared) X(target_replica_takeover) X(target_cuts_links) X(link_is_lost)
+    X(target_replica_prepared) X(target_replica_takeover) X(target_cuts_links) X(target_slow_pages) X(link_is_lost)
 #define X(name) FP_##name,
 typedef enum { SLOTMIG_FAILPOINTS(X) FP_COUNT } failPoint;
 #undef X

@@ -12,8 +12,9 @@
  * Whoever comes to be the master of the slots' lineage with a record of a job (a source
  * that was restarted, a replica that was promoted) waits for the target to attach. With
  * one of a hand-off it does not know how the hand-off ended. Nor does a replica that may have been given up as
- * failing since it was told of the job, and missed that a hand-off is near: its master does not wait for such ones.
- * (Each new connection is told of the job again, behind all that was said before.)
+ * failing, and have missed that a hand-off is near: its master does not wait for such ones. It asks its master
+ * each second whether there is only a job still. Once the answer has come, behind all that was said before it, nothing
+ * was missed up to the time at which it was asked for.
  * It claims the slots, so that nobody else does, serves none of them, and asks the
  * target's shard: a job in state INHERITED. TAKEN: they go there. DISCARDED: they
  * are served here again.
@@ -40,7 +41,7 @@
 typedef struct handoffRecord {
     char id[SLOTMIG_ID_LEN+1], target[CLUSTER_NAMELEN+1];
     int handoff;
-    mstime_t told;      /* when the master last said so; 0: not since the start */
+    mstime_t told;      /* when this replica last asked whether it stands, and was answered since; 0: not yet */
     slotSet slots;
     struct slotMigControl control;
 } handoffRecord;
@@ -111,21 +112,29 @@ void slotmigRecordsEnd(const slotSet *slots, const char *but) {
     }
 }
 
+static mstime_t asked;
+
 /* A replica: whether its records still stand, asked on each new connection to its
- * master and then now and then. One that copied everything anew has missed their end. */
+ * master, of a new one at once, and then now and then. One that copied everything anew has missed their end. */
 void slotmigAskRecords(void) {
-    static mstime_t asked;
     listIter li;
     listNode *ln;
     if (records == NULL || listLength(records) == 0 || server.master == NULL || mstime() - asked < ASK_RECORDS) return;
     asked = mstime();
     listRewind(records,&li);
-    while ((ln = listNext(&li)) != NULL) slotmigAnswerMaster(((handoffRecord*)listNodeValue(ln))->id,RELAY_RECORD,0,"");
+    while ((ln = listNext(&li)) != NULL) slotmigAnswerMaster(((handoffRecord*)listNodeValue(ln))->id,RELAY_RECORD,asked,"");
+}
+
+/* The master's answer to what was asked then. */
+void slotmigRecordStands(const char *id, mstime_t then) {
+    listNode *ln = findRecord(id);
+    if (ln && then <= asked) ((handoffRecord*)listNodeValue(ln))->told = then;
 }
 
 void slotmigRecordPut(const char *id, const char *target, const slotSet *slots, int handoff, const struct slotMigControl *control) {
     slotmigRecordsEnd(slots,id);
-    putRecord(id,target,slots,handoff,control)->told = mstime();
+    if (findRecord(id) == NULL) asked = 0;
+    putRecord(id,target,slots,handoff,control);
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
 }
 

@@ -436,6 +436,17 @@ static void endRecord(const char *id) {
     slotmigRelay(&job,RELAY_END,0,NULL);
 }
 
+/* To the replica that asked at `then`, by its clock: there is no hand-off. Not to one that a hand-off would not
+ * wait for, nor while replicas wait for the offset to stand still. */
+static void recordStands(const char *id, const char *node, unsigned long long then) {
+    slotMigJob job = {0};
+    clusterNode *replica = clusterLookupNode(node,CLUSTER_NAMELEN);
+    if (replica == NULL || nodeFailed(replica) || slotmigHasRecord(id,1) || server.cluster->mf_end || server.shutdown_mstime) return;
+    memcpy(job.id,id,SLOTMIG_ID_LEN);
+    sds args[] = { name(node), number(then) };
+    slotmigRelay(&job,RELAY_RECORD,2,args);
+}
+
 /* A replica has a job of which nothing is known here. */
 static void abortUnknown(const char *id) {
     slotMigJob job = {0};
@@ -477,6 +488,7 @@ void slotmigReplicaWord(client *c) {
     slotMigJob *job = slotmigFindJob(c->argv[3]->ptr);
     if (!strcasecmp(c->argv[4]->ptr,word_names[RELAY_RECORD])) {
         if (!slotmigHasRecord(c->argv[3]->ptr,0)) endRecord(c->argv[3]->ptr);
+        else if (string2ull(c->argv[5]->ptr,&n)) recordStands(c->argv[3]->ptr,node,n);
         return;
     }
     if (job == NULL && !strcasecmp(c->argv[4]->ptr,word_names[RELAY_OPS])) {
@@ -493,6 +505,13 @@ void slotmigReplicaWord(client *c) {
         if (strcasecmp(word_names[w],c->argv[4]->ptr)) continue;
         toldReplica *t = findTold(job,node,1);
         t->heard = mstime();
+        if (w == RELAY_HANDOFF || w == RELAY_JOB) {
+            if (t->client != c->id) t->word[RELAY_HANDOFF] = t->word[RELAY_JOB] = 0;     /* it may have lost its record since */
+            t->client = c->id;
+        } else {
+            if (w == RELAY_BEGIN) memset(t->word,0,sizeof(t->word));     /* what came before is of an earlier beginning */
+            t->of = c->id;
+        }
         if (w == RELAY_LOST) {
             int before = t->lost;
             t->lost = 1;
@@ -501,8 +520,6 @@ void slotmigReplicaWord(client *c) {
         } else if (t->word[w] < n+1) {
             t->word[w] = n+1;
         }
-        if (w == RELAY_HANDOFF || w == RELAY_JOB) t->client = c->id;
-        else t->of = c->id;
         if (w == RELAY_BEGIN) t->lost = 0;
         slotmigJobsSoon();
         return;
@@ -685,6 +702,10 @@ void slotmigRelayed(client *c) {
         slotmigRecordPut(id,arg[0]->ptr,&slots,word == RELAY_HANDOFF,&control);
         if (word == RELAY_HANDOFF && slotmigFailPoint(FP_source_replica_told) == FAILPOINT_FAIL) return;
         slotmigAnswerMaster(id,word,0,"");
+        return;
+    case RELAY_RECORD:      /* another replica may have asked */
+        if (extra == 2 && sdslen(arg[0]->ptr) == CLUSTER_NAMELEN && string2ull(arg[1]->ptr,v) &&
+            !memcmp(arg[0]->ptr,server.cluster->myself->name,CLUSTER_NAMELEN)) slotmigRecordStands(id,v[0]);
         return;
     case RELAY_END:
         slotmigRecordDrop(id);

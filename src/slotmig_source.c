@@ -1324,6 +1324,7 @@ static void discardAttempt(slotMigJob *job, const char *text) {
     sdsfree(why);
     uint64_t doublings = job->attempt < RETRY_DOUBLINGS ? job->attempt : RETRY_DOUBLINGS;
     job->src->next_attempt = mstime()+(RETRY_PERIOD << doublings);
+    job->src->target_ready = 0;     /* it reserves another epoch, not behind the next fence */
     if (job->src->cut) slotmigLinkSend(job->src->stream,slotmigFrameInt(slotmigFrameStart(FRAME_DISCARD),job->attempt,8));
 }
 

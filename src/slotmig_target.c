@@ -109,6 +109,7 @@ struct slotMigTarget {
     int holding;                    /* clients that come early */
     slotMigDial *ask;
     int ask_anyway;                 /* although the link seems alive: the source asked */
+    int must_ask;                   /* although the slots are ours: this may not be the attempt that was taken over */
     mstime_t next_ask;
     int durable;                    /* TAKEN: nodes.conf is on the disk */
     mstime_t pinged;                /* the masters, for the echo of the reserved epoch */
@@ -433,7 +434,8 @@ static void interrupted(slotMigJob *job, const char *why) {
         slotmigRelayAttempt(job,RELAY_DISCARD,t->cut_n,0,0);
         t->discard_told = t->cut_n;
     }
-    t->prepare_told = t->ask_anyway = 0;
+    t->prepare_told = t->ask_anyway = t->must_ask = 0;
+    job->epoch = 0;     /* each attempt has its own */
     if (t->holding) {
         t->holding = 0;
         unblockPostponedClients();
@@ -1088,6 +1090,7 @@ static void gotDiscard(slotMigJob *job, frameReader *r) {
     if (job->state != SLOTMIG_PREPARING && job->state != SLOTMIG_PREPARED) return;
     if (job->tgt->prepare_told == n) slotmigRelayAttempt(job,RELAY_DISCARD,n,0,0);
     job->tgt->ask_anyway = 0;
+    job->epoch = 0;     /* each attempt has its own */
     slotmigSetState(job,SLOTMIG_FOLLOWING,"the source discarded the attempt");
     unblockPostponedClients();
 }
@@ -1518,6 +1521,7 @@ static void askDone(connection *conn, const char *line, const char *error, void 
         interrupted(job,"the source discarded the attempt");
     }
     else if (!strncmp(line,"+PENDING",8)) slotmigSetReason(job,"prepared; the source's shard does not know yet how the hand-off ended");
+    else if (strncmp(line,"+DISCARDED",10) && job->tgt->must_ask) job->tgt->must_ask = 0;   /* nobody has a better copy */
     else if (strncmp(line,"+DISCARDED",10)) slotmigSetReason(job,"prepared; the source neither knows this migration "
         "nor serves the slots any more: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE drops the copy here",job->id);
     else {
@@ -1563,6 +1567,10 @@ sds slotmigTargetAnswer(slotMigJob *job, const char *asker, int inherited, int c
     }
     if (committed && !slotmigEnded(job) && job->state < SLOTMIG_PREPARED && !slotmigIsRelayed(job) &&
         clusterNodeIsMaster(server.cluster->myself)) inherited = 1;
+    if (!slotmigEnded(job) && job->tgt->must_ask && inherited) {     /* neither knows, but the shard has the slots */
+        job->tgt->must_ask = 0;
+        return sdsnew("PENDING");
+    }
     if (!slotmigEnded(job) && (!inherited || job->state == SLOTMIG_TAKEN || slotmigIsRelayed(job))) {
         if (job->state == SLOTMIG_PREPARED) job->tgt->ask_anyway = 1;
         return sdsnew("PENDING");
@@ -2022,8 +2030,10 @@ static int endIfHistory(slotMigJob *job) {
     return keys;
 }
 
-/* This replica is the master now, and may own the slots by its map. */
-void slotmigTargetPromoted(slotMigJob *job) {
+/* This replica is the master now, and may own the slots by its map. If it was prepared for the attempt
+ * that its master, `old`, took over with, it has them: each attempt has its own epoch, which is that one's then. If the
+ * epochs differ it was for an older one, or the master has taken others since: the source knows. */
+void slotmigTargetPromoted(slotMigJob *job, const clusterNode *old) {
     slotMigTarget *t = job->tgt;
     clusterNode *myself = server.cluster->myself;
     if (!t->relayed) {
@@ -2056,8 +2066,14 @@ void slotmigTargetPromoted(slotMigJob *job) {
         interrupted(job,"this node replaced the target");
         return;
     }
+    int sure = old && old->configEpoch == job->epoch;
     if (job->epoch < myself->configEpoch) job->epoch = myself->configEpoch;
-    if (shardOwns(job)) takeOver(job);
+    if (shardOwns(job) && sure) takeOver(job);
+    else if (shardOwns(job)) {
+        t->must_ask = 1;
+        slotmigDoNotServe(&job->slots);
+        slotmigSetReason(job,"prepared; this node replaced the target, which may have taken a later attempt over: it asks the source");
+    }
     else slotmigSetReason(job,"prepared; this node replaced the target and asks the source");
 }
 
@@ -2294,7 +2310,7 @@ void slotmigTargetStep(slotMigJob *job) {
             unblockPostponedClients();
         }
         if (endIfHistory(job)) return;
-        if (t->stream == NULL && shardOwns(job)) takeOver(job);
+        if (t->stream == NULL && !t->must_ask && shardOwns(job)) takeOver(job);
         else askSource(job);
         return;
     }

@@ -323,6 +323,42 @@ start_cluster 3 3 {tags {external:skip cluster}} {
         wait_cluster_agrees
     }
 
+    test "A replica that stood still, and was told since that there is only a job, goes on with it without asking the target" {
+        lassign [fill_owner] owner other
+        set replica [expr {$owner+3}]
+        set before [slots_dump $owner $::slots]
+        set id [migrate_with $owner $other HOLD]
+        wait_job_state $owner $id streaming
+        wait_for_condition 500 10 {[string match "*slotmig-job $id*" [read_file [lindex [R $replica config get dir] 1]/nodes.conf]]} else {fail "no record"}
+        pause_process [node_pid $replica]
+        wait_for_condition 3000 10 {[regexp {lag=(\d+)} [R $owner info replication] -> lag] && $lag >= 3} else {fail [R $owner info replication]}
+        resume_process [node_pid $replica]
+        # Of two answers one is to a question that came since.
+        proc words {n} {getInfoProperty [R $n info commandstats] {cmdstat_cluster\|slotmig}}
+        set calls 0
+        regexp {calls=(\d+)} [words $replica] -> calls
+        wait_for_condition 3000 10 {[regexp {calls=(\d+)} [words $replica] -> now] && $now >= $calls+2} else {fail "no answers: [words $replica]"}
+        for {set n 0} {$n < 6} {incr n} {R $n config set cluster-node-timeout 600000}
+        pause_process [node_pid $other]
+        kill_node $owner
+        assert_equal OK [R $replica cluster failover takeover]
+        wait_for_condition 1000 10 {![catch {job $replica $id} job]} else {fail "node $replica has no job"}
+        assert_equal {waiting 1} [list [dict get $job state] [dict get $job held]]
+        wait_for_condition 1000 10 {![catch {R $replica set [key_in 5 k1] x} error]} else {fail $error}
+        R $replica del [key_in 5 k1]
+        resume_process [node_pid $other]
+        start_node_again $owner
+        for {set n 0} {$n < 6} {incr n} {R $n config set cluster-node-timeout 3000}
+        wait_job_state $replica $id streaming
+        assert_equal 1 [R $replica cluster cancel-slot-migrations id $id]
+        wait_for_condition 1000 10 {[status [Rn $owner] role] eq "slave" && [status [Rn $owner] master_link_status] eq "up"} else {fail "no replica"}
+        assert_equal OK [R $owner cluster failover]
+        wait_for_condition 1000 10 {[status [Rn $owner] role] eq "master" && [status [Rn $replica] role] eq "slave" &&
+            [status [Rn $replica] master_link_status] eq "up"} else {fail "no way back"}
+        wait_cluster_agrees
+        assert_same_dump $before [slots_dump $owner $::slots]
+    }
+
     test "A job is not cancelled at a replica of its target: it is its master's" {
         lassign [fill_owner] owner other
         set replica [expr {$other+3}]

@@ -389,4 +389,36 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         wait_shard_same 1
         assert_ended [expr {$to%3}] $before
     }
+
+    # The last one here: restarted nodes that lost their last slot to another shard join that one.
+    test "A replica that was prepared for an older attempt than the one taken over does not serve what it has" {
+        lassign [begin] from to
+        lassign [replicas_of [expr {$to%3}]] old new
+        failpoint $from source_before_commit pause
+        set id [start_job $from $to waitreplicas 1]
+        foreach n [list $old $new] {
+            wait_for_condition 2000 10 {![catch {job_field $n $id state} state] && $state eq "prepared"} else {fail "node $n: $state"}
+        }
+        R $old config set masterauth wrong
+        R $to client kill type replica
+        wait_for_condition 2000 10 {[status [Rn $new] master_link_status] eq "up" && [status [Rn $to] connected_slaves] == 1} else {fail [R $to info replication]}
+        failpoint $from source_before_commit fail
+        wait_for_condition 2000 10 {[job_field $from $id attempt] >= 2} else {fail [job $from $id]}
+        R $from set [key_in 5 later] yes
+        set before [slots_dump $from $::slots]
+        failpoint $to target_after_takeover pause
+        failpoint $from source_before_commit off
+        wait_job_state $to $id taken
+        wait_for_condition 2000 10 {[owner_seen_by $old 3] == $to} else {fail [R $old cluster nodes]}
+        assert_equal prepared [job_field $old $id state]
+        wait_for_condition 2000 10 {[job_field $new $id state] eq "done"} else {fail [job $new $id]}
+        R $old config set cluster-node-timeout 60000    ;# it is to have its master's last word, not an election
+        foreach n [list $new $to] {kill_node $n}
+        assert_equal committed [job_field $from $id state]
+        assert_equal OK [R $old cluster failover takeover]
+        R $old config set cluster-node-timeout 1000
+        wait_job_ended $from $id
+        assert_ended [expr {$from%3}] $before       ;# the source has them back, and later
+        R $old config set masterauth ""
+    }
 }
