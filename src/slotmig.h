@@ -40,8 +40,9 @@ struct slotmigConfig {
     int snapshot;                   /* SLOTMIG_SNAPSHOT_*: who takes a snapshot. */
     int load_threads;               /* That load an RDB's sections; 0: by the processors. */
     long long max_bandwidth;        /* Bytes of snapshots per second that this node takes in; 0: any. */
-    int huge_pages;                 /* Memory of slots that arrive is asked for in huge pages. */
+    int huge_pages;                 /* SLOTMIG_HUGE_PAGES_*: for slots that arrive. */
 };
+enum { SLOTMIG_HUGE_PAGES_AUTO, SLOTMIG_HUGE_PAGES_YES, SLOTMIG_HUGE_PAGES_NO };
 enum { SLOTMIG_SNAPSHOT_AUTO, SLOTMIG_SNAPSHOT_THREAD, SLOTMIG_SNAPSHOT_FORK };
 extern struct slotmigConfig slotmig_config;
 
@@ -133,8 +134,8 @@ struct dict *kvstoreSlotDict(struct _kvstore *kvs, int didx); /* NULL: none; loo
 void kvstorePrefetchDict(struct _kvstore *kvs, int didx);  /* its size is wanted soon; any place, there or not */
 
 /* ---- zmalloc_slotmig.c, part of zmalloc.c ---- */
-void zmallocPopulates(int with_huge_pages);         /* this thread fills much memory */
-void zmallocPopulatesEnd(void);                     /* the same thread, before it ends */
+void zmallocPopulates(int with_huge_pages, long long huge_page_us);     /* this thread fills much memory */
+int zmallocPopulatesEnd(void);                     /* the same thread, before it ends */
 int zmallocHasHugePages(void);                      /* such a thread has asked for them; any thread */
 void zmallocGiveBack(void);                         /* what was freed, to the system; any thread but the main one, takes long */
 

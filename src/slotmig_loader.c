@@ -50,6 +50,7 @@
 #define GIVE_WAY_READS 32               /* until others may have the processor */
 #define TEE_MAX (512*1024)              /* bytes for the replicas that wait until no more is read */
 #define PACE_BURST 250                  /* ms of the rate limit that may come at once */
+#define HUGE_PAGE_PATIENCE 1000         /* us */
 #define KEY_OVERHEAD 96                 /* bytes of memory a key takes besides its text, if the allocator does not tell */
 
 /* The presizing of a dict follows a number from the network: a section of more
@@ -695,9 +696,11 @@ static void *loaderMain(void *arg) {
     makeThreadKillable();
     slotmigBackground();
     this_reader = &l->reader;
-    zmallocPopulates(l->huge_pages);
+    zmallocPopulates(l->huge_pages != SLOTMIG_HUGE_PAGES_NO,l->huge_pages == SLOTMIG_HUGE_PAGES_YES ? 0 :
+        slotmigFailPoint(FP_target_slow_pages) ? 1 : HUGE_PAGE_PATIENCE);
     int res = loadSnapshot(l);
-    zmallocPopulatesEnd();
+    if (zmallocPopulatesEnd())
+        serverLog(LL_VERBOSE,"Slots arrive in small pages: the system takes long to make huge ones (cluster-slot-migration-huge-pages)");
     if (res == C_ERR) loaderFail(l,"the snapshot cannot be read at offset %llu",(unsigned long long)l->offset);
     slotmigSectionFree(l->section);
     l->section = NULL;

@@ -14,6 +14,7 @@
 
 #include <pthread.h>
 #include <errno.h>
+#include <time.h>
 
 /* ---- counters ---- */
 
@@ -102,13 +103,21 @@ static inline size_t allocatedSize(void *ptr, size_t size) {
  * fill again what was given back to it. One advice for all of an address space, never one for
  * each page: parts that differ for a moment stay apart for ever, and there may be 65530.
  *
+ * A huge page takes some tenths of a millisecond. It takes several where the system does not have the memory yet: the
+ * host of a virtual machine is given back what lies free there, in pieces as large as these (free page reporting),
+ * while there may be plenty of small pages at hand. If most of PAGES_JUDGED are so slow, the rest comes in small ones.
+ *
  * The hooks run on any thread that uses that arena, and on the allocator's own; what they
  * share is only read once it is set. */
 #define POPULATE_BYTES (64*1024)
 #define POPULATE_MAX (256*1024)
 #define HUGE_PAGE (2*1024*1024)
+#define PAGES_JUDGED 8
 
-static __thread int populates, wants_huge_pages;
+static __thread int populates, wants_huge_pages, gave_up_huge_pages;
+static __thread long long patience;                     /* us for a huge page; 0: any */
+static __thread size_t judged;                          /* bytes, and how many pages of these took longer */
+static __thread int slow_pages;
 static __thread char *populated_from, *populated_to;
 static __thread char *huge_from, *huge_to;              /* is to have huge pages now */
 static int has_huge_pages;                              /* atomic: there was any such space */
@@ -139,11 +148,32 @@ static void *allocUncommitted(extent_hooks_t *hooks, void *addr, size_t size, si
     return p;
 }
 
+static long long clockUs(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC,&t);
+    return t.tv_sec*1000000LL + t.tv_nsec/1000;
+}
+
+/* One may be slow for want of a processor; not most of them. */
+static void judgeHugePages(size_t bytes, long long us) {
+    slow_pages += us > patience;
+    if ((judged += bytes) < PAGES_JUDGED*HUGE_PAGE) return;
+    if (slow_pages > PAGES_JUDGED/2) {
+        gave_up_huge_pages = 1;
+        wants_huge_pages = 0;
+        endHugePages();
+    }
+    judged = slow_pages = 0;
+}
+
 static void populate(char *from, char *to, char *ahead) {
     int error = errno;
+    int judges = patience && from >= huge_from && ahead <= huge_to;
+    long long began = judges ? clockUs() : 0;
     /* What is ahead may be a guard of something else: EINVAL. So it is of a system that knows no such advice. */
     if (madvise(from,ahead-from,MADV_POPULATE_WRITE) == -1 && errno == EINVAL &&
         (to == ahead || (madvise(from,to-from,MADV_POPULATE_WRITE) == -1 && errno == EINVAL))) populates = 0;
+    if (judges) judgeHugePages(ahead-from,clockUs()-began);
     errno = error;
 }
 
@@ -203,9 +233,10 @@ static void makePopulatingHooks(void) {
     populating_hooks.decommit = decommit;
 }
 
-/* This thread will allocate and fill much memory, until it calls zmallocPopulatesEnd(). The hooks stay with its
+/* This thread will allocate and fill much memory, until it calls zmallocPopulatesEnd(). In huge pages, if wanted, for as
+ * long as most take no more than `huge_page_us` (0: however long). The hooks stay with its
  * arena, for the next one; other threads that allocate there are not concerned. */
-void zmallocPopulates(int with_huge_pages) {
+void zmallocPopulates(int with_huge_pages, long long huge_page_us) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     extent_hooks_t *now, *ours = &populating_hooks;
     unsigned arena;
@@ -219,11 +250,15 @@ void zmallocPopulates(int with_huge_pages) {
     if (now == plain_hooks && je_mallctl(name,NULL,NULL,&ours,sizeof(ours))) return;
     populates = now == plain_hooks || now == ours;
     wants_huge_pages = populates && with_huge_pages && mayAskForHugePages();
+    patience = huge_page_us;
+    judged = slow_pages = gave_up_huge_pages = 0;
 }
 
-void zmallocPopulatesEnd(void) {
+/* 1: huge pages took too long, and the rest went to small ones. */
+int zmallocPopulatesEnd(void) {
     populates = wants_huge_pages = 0;
     endHugePages();
+    return gave_up_huge_pages;
 }
 
 int zmallocHasHugePages(void) {
@@ -234,8 +269,8 @@ int zmallocHasHugePages(void) {
 
 #else
 
-void zmallocPopulates(int with_huge_pages) { UNUSED(with_huge_pages); }
-void zmallocPopulatesEnd(void) {}
+void zmallocPopulates(int with_huge_pages, long long huge_page_us) { UNUSED(with_huge_pages); UNUSED(huge_page_us); }
+int zmallocPopulatesEnd(void) { return 0; }
 int zmallocHasHugePages(void) { return 0; }
 
 #endif
