@@ -972,7 +972,18 @@ static void leavePass(slotMigJob *job) {
         if (other->src && other->src->child == pid) return;
     }
     child = 0;
-    kill(pid,SIGKILL);      /* upstream's cron collects it */
+    if (pid == server.child_pid) kill(pid,SIGKILL);     /* upstream's cron collects it */
+}
+
+/* A SHUTDOWN that then failed has ended this process, and childDone() is not called. The job may end. */
+static void forgetChild(slotMigJob *job) {
+    slotMigSource *s = job->src;
+    if (s->child == child) {
+        child = 0;
+        last_snapshot = mstime();
+    }
+    s->child = 0;
+    if (job->state == SLOTMIG_SNAPSHOT) interrupted(job,"the snapshot's child process was ended");
 }
 
 /* After a snapshot it is the others' turn: a BGSAVE, an AOF rewrite or a full
@@ -2165,6 +2176,10 @@ void slotmigSourceStep(slotMigJob *job) {
     slotMigSource *s = job->src;
     if (s->stream) slotmigLinkTick(s->stream);
     if (slotmigEnded(job)) return;
+    if (s->child && s->child != server.child_pid) {
+        forgetChild(job);
+        if (slotmigEnded(job)) return;
+    }
     if (slotmigCancellable(job) && job->state != SLOTMIG_OFFERED && mstime() - s->told_job >= TELL_PERIOD) {
         s->told_job = mstime();     /* replicas that came since */
         sds who = slotmigNotTold(job,RELAY_JOB,0);

@@ -64,6 +64,36 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
         }
     }
 
+    test "A SHUTDOWN that cannot save ends the snapshot's child: the jobs go on with another one" {
+        home
+        fill_moving 0
+        # More than sockets' buffers take: the child waits for the slow targets.
+        foreach slot {6 7} {R 0 set [key_in $slot huge] [string repeat x 30000000]}
+        set before [slots_dump 0 {5 6 7}]
+        foreach n {0 1 2} {R $n config set repl-timeout 600}
+        R 0 config set cluster-slot-migration-snapshot fork
+        file delete [dump_file 0]
+        file mkdir [dump_file 0]/in-the-way
+        set ids [R 0 cluster migrate-slots slotsrange 5 6 node [node_id 2] slotsrange 7 7 node [node_id 1] rate 100000]
+        foreach id $ids to {2 1} {
+            wait_job_state $to $id loading
+            wait_job_state 0 $id snapshot
+        }
+        assert_not_equal "" [node_children 0]
+        assert_error "*Errors trying to SHUTDOWN*" {R 0 shutdown save}
+        foreach id $ids {
+            wait_for_condition 1000 10 {[job_field 0 $id interruptions] == 1} else {fail "it stands still: [job 0 $id]"}
+            R 0 cluster alter-slot-migration id $id rate 0
+        }
+        foreach id $ids to {2 1} {wait_migrated 0 $to $id}
+        verify_log_message 0 "*the snapshot's child process was ended*" 0
+        assert_same_dump $before [dict merge [slots_dump 2 {5 6}] [slots_dump 1 {7}]]
+        wait_for_condition 500 10 {[node_children 0] eq ""} else {fail "a child stays"}
+        file delete -force [dump_file 0]
+        R 0 config set cluster-slot-migration-snapshot auto
+        foreach n {0 1 2} {R $n config set repl-timeout 60}
+    }
+
     test "SHUTDOWN of a source whose job the target has not accepted: it is gone, at both ends" {
         home
         fill_moving 0
