@@ -490,7 +490,7 @@ void slotmigGotControl(slotMigJob *job, frameReader *r) {
     c.timeout = frameGetInt(r,8);
     c.paused = frameGetInt(r,1);
     c.held = frameGetInt(r,1);
-    if (r->bad || c.rate < 0 || c.wait_replicas < -1 || c.timeout < -1) {
+    if (r->bad || c.version >= SLOTMIG_CONTROL_MAX || c.rate < 0 || c.wait_replicas < -1 || c.timeout < -1) {
         r->bad = 1;
         return;
     }

@@ -17,6 +17,7 @@
 
 #define SLOTMIG_ID_LEN CLUSTER_NAMELEN      /* hex digits of a job's id */
 #define SLOTMIG_PROTOCOL 2                  /* version spoken on the job's connections */
+#define SLOTMIG_CONTROL_MAX (UINT64_MAX/2)  /* versions of what the operator wants are below: there is a next one */
 
 /* ---- sets of slots ---- */
 

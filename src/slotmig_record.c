@@ -33,6 +33,7 @@
 
 #include "slotmig_job.h"
 #include "bio.h"
+#include <ctype.h>
 #include <fcntl.h>
 #include <libgen.h>
 
@@ -70,8 +71,8 @@ int slotmigParseControl(const char *text, struct slotMigControl *c) {
     unsigned long long version;
     int end = 0;
     *c = no_control;
-    if (sscanf(text,"%llu,%lld,%lld,%lld,%d,%d%n",&version,&c->rate,&c->wait_replicas,&c->timeout,&c->paused,&c->held,&end) == 6 &&
-        text[end] == '\0' && c->rate >= 0 && c->wait_replicas >= -1 && c->timeout >= -1)
+    if (isdigit((unsigned char)text[0]) && sscanf(text,"%llu,%lld,%lld,%lld,%d,%d%n",&version,&c->rate,&c->wait_replicas,&c->timeout,&c->paused,&c->held,&end) == 6 &&
+        text[end] == '\0' && version < SLOTMIG_CONTROL_MAX && c->rate >= 0 && c->wait_replicas >= -1 && c->timeout >= -1)
     {
         c->version = version;
         c->paused = c->paused != 0;

@@ -312,6 +312,40 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         assert_equal 0 [string match *slotmig-control* [read_file [lindex [R 2 config get dir] 1]/nodes.conf]]
     }
 
+    test "A version of what is wanted that has no next one is garbled in nodes.conf, and contradicts itself from the other node" {
+        fresh
+        fill
+        R 0 save
+        set id [lindex [R 0 cluster migrate-slots slotsrange 5 7 node $id2 hold] 0]
+        wait_job_state 0 $id streaming
+        alter 0 $id rate 100000000
+        set conf [lindex [R 0 config get dir] 1]/nodes.conf
+        set garbled "*what is wanted of a slot migration is not understood and left out*"
+        wait_for_condition 500 10 {[string match "*slotmig-control $id:2,*" [read_file $conf]]} else {fail "the record is not written"}
+        foreach n {0 2} {kill_node $n}
+        set text [read_file $conf]
+        # The last one is just below the limit.
+        foreach {version good} {-1 0 -9223372036854775809 0 18446744073709551616 0 18446744073709551615 0 9223372036854775807 0 9223372036854775806 1} {
+            write_file $conf [string map [list $id:2, $id:$version,] $text]
+            set from [count_log_lines 0]
+            start_node_again 0
+            wait_for_condition 1000 10 {![catch {job 0 $id}]} else {fail "node 0 does not know the job"}
+            assert_equal [expr {$good ? 100000000 : 0}] [job_field 0 $id rate-limit] $version
+            assert_equal $good [job_field 0 $id held] $version
+            if {$good} break
+            verify_log_message 0 $garbled $from
+            kill_node 0
+        }
+        start_node_again 2
+        wait_for_condition 1000 10 {![catch {job 2 $id}]} else {fail "node 2 does not know the job"}
+        wait_fields $id {rate-limit 100000000 held 1}
+        wait_job_state 0 $id streaming
+        alter 0 $id rate 5
+        fails $id "*contradicts itself*"
+        move_slots 0 2 5 7
+        assert_equal 4000 [R 2 dbsize]
+    }
+
     test "cluster-slot-migration-max-bandwidth is for all migrations of a target together, RATE may be lower" {
         fresh
         fill
