@@ -624,9 +624,9 @@ void slotmigShutdown(void) {
     slotmigRestoreShutdown();
     slotRdbLoadStop();
     if (!server.cluster_enabled) return;
-    int records = slotmigAnyRecord();
     slotmigEachJob(leaveJob,"the node shuts down");
-    if (slotmigAnyRecord() < records) clusterSaveConfig(1);      /* no turn of the event loop follows that would */
+    /* What was put or went in this turn: no other follows that would save it. */
+    if (slotmigAnyRecord() || server.cluster->todo_before_sleep & CLUSTER_TODO_SAVE_CONFIG) clusterSaveConfig(1);
 }
 
 /* ---- hooks that ask about slots ---- */

@@ -94,6 +94,27 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
         foreach n {0 1 2} {R $n config set repl-timeout 60}
     }
 
+    test "What is wanted of a job just before SHUTDOWN, in the same turn, outlives it" {
+        home
+        fill_moving 0
+        set before [slots_dump 0 {5 6 7}]
+        set id [hold_in_phase streaming 0 2 5 7]
+        set conf [lindex [R 0 config get dir] 1]/nodes.conf
+        set rd [redis_deferring_client 0]
+        $rd write "[formatCommand cluster alter-slot-migration id $id hold rate 123456789][formatCommand shutdown nosave]"
+        $rd flush
+        wait_node_dead 0
+        $rd close
+        assert_match "*slotmig-control $id:1,123456789,-1,-1,0,1*" [read_file $conf]
+        start_node_again 0
+        wait_for_condition 1000 10 {![catch {job 0 $id}]} else {fail "node 0 does not know the job"}
+        assert_equal {123456789 1} [list [job_field 0 $id rate-limit] [job_field 0 $id held]]
+        wait_job_state 0 $id streaming
+        R 0 cluster alter-slot-migration id $id release
+        wait_migrated 0 2 $id
+        assert_equal 2 [assert_one_owner {5 6 7} $before [node_pids]]
+    }
+
     test "SHUTDOWN of a source whose job the target has not accepted: it is gone, at both ends" {
         home
         fill_moving 0
