@@ -397,6 +397,13 @@ int slotmigMustNotExecute(void) {
     return isInsideYieldingLongCommand() || server.loading;
 }
 
+/* What a target relays would move the offset for ever. */
+const char *slotmigStandsStill(void) {
+    if (server.cluster->mf_end) return "a manual failover of this node is in progress";
+    if (server.shutdown_mstime) return "this node shuts down when its replicas have everything";
+    return NULL;
+}
+
 static void stepJob(slotMigJob *job, void *arg) {
     UNUSED(arg);
     slotmigJobStep(job);

@@ -148,6 +148,7 @@ void slotmigJobsSoon(void);                         /* the same, for all, when t
 void slotmigWantTimer(void);
 void slotmigDrainSoon(void);                        /* a shadow was merged, or a limbo left to itself */
 void slotmigEachJob(void (*fn)(slotMigJob *job, void *arg), void *arg);
+const char *slotmigStandsStill(void);               /* the replicas are to reach an offset: why; NULL: they are not */
 int slotmigMustNotExecute(void);                    /* inside of a command that yields, or loading */
 #define PREFETCH 8                  /* slots ahead, in a loop over all */
 #define SLICE_US 1000               /* of work that can be cut short, in one turn of the event loop */

@@ -148,9 +148,9 @@ static void readFrames(connection *conn) {
     int closed = 0;
 
     /* A script that yields runs the event loop from inside a command: nothing
-     * may be executed then. And what the target reads in a manual failover would go on to
-     * its replica, which waits for an offset. The data stay in the socket; the tick resumes. */
-    if (slotmigMustNotExecute() || (job->role == SLOTMIG_TARGET && server.cluster->mf_end && clusterNodeIsMaster(server.cluster->myself))) {
+     * may be executed then. And what the target reads in a manual failover or a shutdown would go on to
+     * its replicas, which are to reach an offset. The data stay in the socket; the tick resumes. */
+    if (slotmigMustNotExecute() || (job->role == SLOTMIG_TARGET && slotmigStandsStill() && clusterNodeIsMaster(server.cluster->myself))) {
         l->stopped_busy = 1;
         updateReading(l);
         return;

@@ -901,7 +901,7 @@ static void takeTeed(slotMigTarget *t) {
 
 static void relaySnapshot(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
-    if (!t->relaying || server.cluster->mf_end) return;     /* the successor waits for an offset */
+    if (!t->relaying || slotmigStandsStill()) return;
     if (listLength(t->to_relay) == 0) takeTeed(t);      /* else the loader waits */
     size_t room = slotmigRelayRoom(job);
     listNode *ln;
@@ -1119,8 +1119,9 @@ static int isAgreed(slotMigJob *job) {
     slotMigTarget *t = job->tgt;
     sds why;
     int want = wantedReplicas(job), told;
-    if (server.cluster->mf_end) {
-        slotmigSetReason(job,"a manual failover of this node is in progress");
+    const char *still = slotmigStandsStill();
+    if (still) {
+        slotmigSetReason(job,"%s",still);
         return 0;
     }
     if (t->relaying) {
@@ -2195,8 +2196,9 @@ static void targetClosed(slotMigJob *job, const char *why) {
 static int isReady(slotMigJob *job, unsigned long long *applied) {
     slotMigTarget *t = job->tgt;
     int want = wantedReplicas(job);
-    if (server.cluster->mf_end) {   /* with an epoch above the new master's this node would win back all it has */
-        slotmigSetReason(job,"a manual failover of this node is in progress");
+    const char *still = slotmigStandsStill();
+    if (still) {    /* with an epoch above a new master's this node would win back all it has */
+        slotmigSetReason(job,"%s",still);
         return 0;
     }
     if (job->state == SLOTMIG_FOLLOWING && job->epoch == 0) reserveEpoch(job);
@@ -2359,7 +2361,7 @@ void slotmigTargetStep(slotMigJob *job) {
     }
     /* The source sees to the bound. This is for one that does not: words like PAUSE
      * come on the same connection, so it must be read as long as anyhow possible. */
-    if (t->stream) slotmigLinkStopReading(t->stream,(t->relaying && server.cluster->mf_end) ||
+    if (t->stream) slotmigLinkStopReading(t->stream,(t->relaying && slotmigStandsStill()) ||
         (!job->control.paused && t->queued_memory > QUEUE_LIMITS*slotmig_config.buffer_limit));
     slotmigTargetPace(job);
     if (job->control.paused && job->state < SLOTMIG_PREPARING) slotmigSetReason(job,PAUSED,job->id);

@@ -128,3 +128,113 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
         assert_error "*Unknown slot migration*" {job 0 $id}
     }
 }
+
+# A target waits for its replicas, which are to have all that it has said. Shards are of nodes 0 and 3, 1 and 4, 2 and 5.
+start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow-replica-migration no shutdown-timeout 600 repl-timeout 600 repl-ping-replica-period 600 cluster-node-timeout 600000}} {
+    set slots {5 6 7}
+
+    # Whatever a test before has left.
+    proc start_over {} {
+        exec kill -CONT [node_pid 5]
+        catch {R 2 shutdown abort}
+        foreach n {0 2} {R $n cluster cancel-slot-migrations all}
+        foreach n {0 2} {wait_for_condition 1500 10 {[jobs_running $n] == 0} else {fail "node $n has jobs that do not end"}}
+        wait_replicas_up
+        if {[slot_owner 2 5] == 2} {move_slots 2 0 5 7}
+        R 0 flushall
+    }
+
+    # SHUTDOWN at node 2, which waits.
+    proc start_shutdown {} {
+        set rd [send_command 2 shutdown]
+        wait_for_condition 1000 10 {[status [Rn 2] shutdown_in_milliseconds] ne ""} else {fail "no shutdown waits"}
+        return $rd
+    }
+
+    foreach {what target} {snapshot loading stream following} {
+        test "SHUTDOWN of a target that waits for a replica relays no more of the $what, and the job goes on after SHUTDOWN ABORT" {
+            start_over
+            fill_strings 0 $slots 3000 1000
+            set id [lindex [R 0 cluster migrate-slots slotsrange 5 7 node [node_id 2] rate [expr {$what eq "snapshot" ? 200000 : 0}] hold] 0]
+            wait_job_state 2 $id $target
+            # It has been told of the job, and answers.
+            wait_for_condition 1000 10 {[job_field 2 $id bytes-done] > 0 && ![catch {job 5 $id}]} else {fail "[job 2 $id]"}
+            pause_process [node_pid 5]
+            set shutdown [start_shutdown]
+            set offset [status [Rn 2] master_repl_offset]
+            if {$what eq "snapshot"} {
+                set bytes [job_field 2 $id bytes-done]
+                wait_for_condition 1000 10 {[job_field 2 $id bytes-done] > $bytes + 100000} else {fail "[job 2 $id]"}
+            } else {
+                # Turns of both nodes, in which it would have come.
+                for {set i 0} {$i < 200} {incr i} {
+                    R 0 rpush [key_in 5 list] $i
+                    R 2 ping
+                }
+                assert_morethan [job_field 0 $id stream-lag-bytes] 0
+            }
+            assert_equal $offset [status [Rn 2] master_repl_offset]
+            if {$what eq "stream"} {
+                wait_for_condition 1000 10 {[string match "*shuts down*" [job_field 2 $id reason]]} else {fail "[job 2 $id]"}
+            }
+            assert_equal OK [R 2 shutdown abort]
+            assert_error "*Errors trying to SHUTDOWN*" {$shutdown read}
+            $shutdown close
+            resume_process [node_pid 5]
+            set before [slots_dump 0 $slots]
+            R 0 cluster alter-slot-migration id $id rate 0 release
+            wait_migrated 0 2 $id
+            assert_equal 0 [job_field 0 $id interruptions]
+            assert_same_dump $before [slots_dump 2 $slots]
+            wait_shard_agrees 2 $slots
+        }
+    }
+
+    test "A target that is prepared and waits in a SHUTDOWN leaves the commit unread: after its restart the job goes on" {
+        start_over
+        fill_strings 0 $slots 300 100
+        set before [slots_dump 0 $slots]
+        R 0 config set cluster-slot-migration-write-pause-timeout 600000
+        failpoint 0 source_before_commit pause
+        set id [migrate 0 2 5 7]
+        wait_job_state 2 $id prepared
+        wait_job_state 0 $id fenced
+        pause_process [node_pid 5]
+        set shutdown [start_shutdown]
+        set offset [status [Rn 2] master_repl_offset]
+        failpoint 0 source_before_commit off
+        wait_job_state 0 $id committed
+        for {set i 0} {$i < 200} {incr i} {R 2 ping}
+        assert_equal [list prepared $offset] [list [job_field 2 $id state] [status [Rn 2] master_repl_offset]]
+        resume_process [node_pid 5]
+        wait_for_condition 3000 10 {![is_alive [node_pid 2]]} else {fail "it waits for ever"}
+        $shutdown close
+        start_node_again 2
+        wait_job_state 0 $id done
+        wait_cluster_agrees
+        assert_equal 2 [slot_owner 0 5]
+        assert_same_dump $before [slots_dump 2 $slots]
+        wait_shard_agrees 2 $slots
+    }
+
+    test "SHUTDOWN of a target into which writers' commands stream comes to its end, and loses nothing" {
+        start_over
+        set writers [start_writers 2 $slots]
+        wait_writers_go_on $writers
+        set id [lindex [R 0 cluster migrate-slots slotsrange 5 7 node [node_id 2] hold] 0]
+        wait_job_state 2 $id following
+        set from [count_log_lines -2]
+        set shutdown [start_shutdown]
+        wait_writers_go_on $writers
+        wait_for_condition 3000 10 {![is_alive [node_pid 2]]} else {fail "it waits for ever"}
+        $shutdown close
+        verify_log_message -2 "*1 of 1 replicas are in sync when shutting down*" $from
+        start_node_again 2
+        wait_job_state 0 $id streaming
+        R 0 cluster alter-slot-migration id $id release
+        wait_migrated 0 2 $id
+        wait_writers_go_on $writers
+        assert_equal {} [dict get [stop_writers $writers] errors]
+        wait_shard_agrees 2 $slots
+    }
+}
