@@ -441,7 +441,7 @@ static void endRecord(const char *id) {
 static void recordStands(const char *id, const char *node, unsigned long long then) {
     slotMigJob job = {0};
     clusterNode *replica = clusterLookupNode(node,CLUSTER_NAMELEN);
-    if (replica == NULL || nodeFailed(replica) || slotmigHasRecord(id,1) || server.cluster->mf_end || server.shutdown_mstime) return;
+    if (replica == NULL || nodeFailed(replica) || slotmigHasRecord(id,1) || slotmigStandsStill()) return;
     memcpy(job.id,id,SLOTMIG_ID_LEN);
     sds args[] = { name(node), number(then) };
     slotmigRelay(&job,RELAY_RECORD,2,args);
