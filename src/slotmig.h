@@ -49,6 +49,7 @@ extern struct slotmigConfig slotmig_config;
 /* ---- server life ---- */
 void slotmigInit(void);                 /* once, from clusterInit() */
 void slotmigBeforeSleep(void);          /* every turn of the event loop */
+void slotmigSavedAtExit(void);          /* an RDB with everything, of this shutdown, is on the disk */
 void slotmigShutdown(void);             /* before the process exits: ends threads and children */
 int slotmigForkFails(void);             /* 1, and errno: a fail point is set for children of every kind */
 char *slotmigInfo(char *info);          /* sds in, sds out: fields of CLUSTER INFO */

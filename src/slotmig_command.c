@@ -725,7 +725,8 @@ static void offer(client *c) {
 
 /* The answer of a node that does not know the job any more, or never did, by
  * its slot map. It says TAKEN only if what it took was in the append-only file that it loaded
- * when it started; else what it took may have died with it:
+ * when it started, or in the file that an orderly shutdown left (slotmig_taken.c), and if its replicas
+ * have it, too; else what it took may have died with it:
  *
  *   the asker's by our map      DISCARDED   we have no copy and will never take them
  *   ours, no keys in them       DISCARDED   a target that took them and lost its data:
@@ -742,7 +743,12 @@ static sds answerBySlotMap(const char *id, const slotSet *slots, robj *asker, sl
         keys += kvstoreDictSize(server.db[0].keys,j) != 0;
     }
     if (asked_as == SLOTMIG_SOURCE) return sdsnew(mine == slots->count ? "DISCARDED" : "MOVED-ON");
-    if (theirs == 0 && slotmigAofLoaded(id)) return sdscatfmt(sdsempty(),"TAKEN %U",(unsigned long long)myself->configEpoch);
+    if (theirs == 0 && (slotmigAofLoaded(id) || slotmigTakenLoaded(id))) {
+        sds why = slotmigTakenWaits();
+        sds answer = why ? sdscatfmt(sdsempty(),"PENDING %S",why) : sdscatfmt(sdsempty(),"TAKEN %U",(unsigned long long)myself->configEpoch);
+        sdsfree(why);
+        return answer;
+    }
     if (mine+theirs < slots->count) return sdsnew("MOVED-ON");
     if (mine == 0) return sdsnew("DISCARDED");
     if (keys) return sdsnew("OWNER");

@@ -551,12 +551,14 @@ void slotmigBeforeSleep(void) {
     slotmigAskRecords();
     slotmigAofTurn();
     slotmigLackingTurn();
+    slotmigTakenTurn();
     slotmigDroppedTurn();
     slotmigBackupTurn();
     if (!started) {
         started = 1;
         slotmigGivenDropped();
         slotmigLackingStart();
+        slotmigTakenStart();
         slotmigInherit("this node was restarted",0);
     }
     if (!slotmigActive()) {
@@ -592,6 +594,7 @@ static void endAnyway(slotMigJob *job, void *why) {
 void slotmigClusterReset(void) {
     slotmigEachJob(endAnyway,"CLUSTER RESET of this node");
     slotmigRecordsClear();
+    slotmigTakenForget();
     slotmigUndefendAll();
     slotmigReplaced(NULL);
     for (int j = 0; j < CLUSTER_SLOTS; j++) {
@@ -633,7 +636,7 @@ void slotmigShutdown(void) {
     if (!server.cluster_enabled) return;
     slotmigEachJob(leaveJob,"the node shuts down");
     /* What was put or went in this turn: no other follows that would save it. */
-    if (slotmigAnyRecord() || server.cluster->todo_before_sleep & CLUSTER_TODO_SAVE_CONFIG) clusterSaveConfig(1);
+    if (slotmigTakenShutdown() || slotmigAnyRecord() || server.cluster->todo_before_sleep & CLUSTER_TODO_SAVE_CONFIG) clusterSaveConfig(1);
 }
 
 /* ---- hooks that ask about slots ---- */

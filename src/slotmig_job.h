@@ -543,6 +543,17 @@ sds slotmigSaveLacking(sds conf);
 int slotmigLoadLacking(const char *name, const char *value);    /* 0: not one of ours */
 int slotmigCarryLacking(rio *rdb);              /* -1: a write error */
 
+/* ---- what was taken over, after an orderly restart (slotmig_taken.c) ---- */
+
+sds slotmigSaveTaken(sds conf);
+int slotmigLoadTaken(const char *name, const char *value);      /* 0: not one of ours */
+void slotmigTakenStart(void);
+void slotmigTakenTurn(void);
+void slotmigTakenForget(void);
+int slotmigTakenLoaded(const char *id);
+sds slotmigTakenWaits(void);                    /* NULL: for no replica */
+int slotmigTakenShutdown(void);                 /* 1: nodes.conf is to be saved */
+
 /* ---- the shadow (slotmig_shadow.c) ---- */
 
 typedef struct slotMigShadow slotMigShadow;

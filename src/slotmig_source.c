@@ -1696,6 +1696,7 @@ sds slotmigSaveVars(sds conf) {
         sdsfree(ranges);
     }
     conf = slotmigSaveLacking(conf);
+    conf = slotmigSaveTaken(conf);
     conf = slotmigSaveRecords(conf);
     return sdscatlen(conf,"\n",1);
 }
@@ -1709,7 +1710,7 @@ int slotmigLoadVar(const char *name, const char *value) {
         slotmigLoadRecord(value,!strcasecmp(name,"slotmig-handoff"));
         return 1;
     }
-    if (slotmigLoadLacking(name,value)) return 1;
+    if (slotmigLoadLacking(name,value) || slotmigLoadTaken(name,value)) return 1;
     if (strcasecmp(name,"slotmig-given")) return 0;
     if (!slotmigParseRanges(value,&given))
         serverLog(LL_WARNING,"nodes.conf: slotmig-given is not understood from some place on: %.100s",value);

@@ -8,6 +8,33 @@ proc shut_down {n} {
     wait_node_dead $n
 }
 
+# Node 2 has taken the slots over from node 0, which has not heard of it, and has a write that
+# node 0 has not. The job is `taken` there, or `done`, and node 0 does not ask; its id. `dump`:
+# the slots before.
+proc hold_taken {{state taken} {dump dump}} {
+    upvar $dump before
+    home
+    fill_moving 0
+    set before [slots_dump 0 {5 6 7}]
+    failpoint 2 target_after_takeover [expr {$state eq "taken" ? "pause" : "fail"}]
+    failpoint 0 source_before_ask pause
+    set id [migrate 0 2 5 7]
+    wait_job_state 2 $id $state
+    wait_job_state 0 $id committed
+    write_late
+    R 2 del [key_in 6 hash]
+    return $id
+}
+
+proc write_late {} {
+    wait_for_condition 1000 10 {[CI 2 cluster_state] eq "ok"} else {fail "the cluster is down at node 2"}
+    R 2 incr [key_in 5 late]
+}
+
+proc nodes_conf {n} {
+    file join [lindex [R $n config get dir] 1] [lindex [R $n config get cluster-config-file] 1]
+}
+
 start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica-migration no cluster-slot-migration-timeout 0}} {
     foreach {end n} {source 0 target 2 "third node" 1} {
         foreach phase [expr {$n == 1 ? {snapshot prepared} : [phases_of $end]}] {
@@ -113,6 +140,19 @@ start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica
         R 0 cluster alter-slot-migration id $id release
         wait_migrated 0 2 $id
         assert_equal 2 [assert_one_owner {5 6 7} $before [node_pids]]
+    }
+
+    test "SHUTDOWN of a target that has taken the slots over and written its append-only file anew, and its restart: the source hears of it" {
+        set id [hold_taken]
+        R 2 bgrewriteaof
+        wait_rewritten 2
+        write_late
+        set after [slots_dump 2 {5 6 7}]
+        shut_down 2
+        start_node_again 2
+        failpoints_off 0
+        assert_equal done [wait_job_ended 0 $id]
+        assert_equal 2 [assert_one_owner {5 6 7} $after [node_pids]]
     }
 
     test "SHUTDOWN of a source whose job the target has not accepted: it is gone, at both ends" {
@@ -236,5 +276,107 @@ start_cluster 3 3 {tags {external:skip cluster} overrides {save "" cluster-allow
         wait_writers_go_on $writers
         assert_equal {} [dict get [stop_writers $writers] errors]
         wait_shard_agrees 2 $slots
+    }
+}
+
+# What node 2 took is in the file that its shutdown has left.
+start_cluster 4 0 {tags {external:skip cluster} overrides {cluster-allow-replica-migration no save "" appendonly no}} {
+    foreach {state times} {taken 1 done 1 taken 2} {
+        test "SHUTDOWN of a target that has taken the slots over ($state), and its restart ($times): the source hears of it, no write is lost" {
+            set id [hold_taken $state]
+            set conf [nodes_conf 2]
+            for {set j 0} {$j < $times} {incr j} {
+                write_late
+                set after [slots_dump 2 {5 6 7}]
+                shut_down 2
+                assert_match "*slotmig-taken rdb-*$id*" [read_file $conf]
+                start_node_again 2
+                assert_no_match "*slotmig-taken*" [read_file $conf]
+            }
+            assert_equal committed [job_field 0 $id state]
+            failpoints_off 0
+            assert_equal done [wait_job_ended 0 $id]
+            assert_equal 2 [assert_one_owner {5 6 7} $after [node_pids]]
+        }
+    }
+
+    foreach what {"with an older file" "after NOSAVE" "after a save that failed" "with a mark that is damaged" "after a crash since"} {
+        test "A target that has taken the slots over and comes back $what: an operator decides, the source keeps its copy" {
+            set id [hold_taken taken before]
+            set copy [keys_in_slots 0 {5 6 7}]
+            lassign [list [dump_file 2] [nodes_conf 2]] dump conf
+            R 2 save
+            set older [read_file $dump]
+            write_late
+            switch $what {
+                "after NOSAVE" {
+                    catch {R 2 shutdown nosave}
+                    wait_node_dead 2
+                }
+                "after a save that failed" {
+                    file delete $dump
+                    file mkdir $dump/not-empty
+                    catch {R 2 shutdown save force}
+                    wait_node_dead 2
+                    file delete -force $dump
+                    write_file $dump $older
+                }
+                default {
+                    shut_down 2
+                    assert_match "*slotmig-taken*$id*" [read_file $conf]
+                }
+            }
+            switch $what {
+                "with an older file" {write_file $dump $older}
+                "with a mark that is damaged" {write_file $conf [string map [list :$id :[string range $id 1 end]] [read_file $conf]]}
+                "after a crash since" {
+                    start_node_again 2
+                    write_late
+                    kill_node 2
+                }
+            }
+            start_node_again 2
+            assert_no_match "*slotmig-taken*" [read_file $conf]
+            failpoints_off 0
+            wait_for_condition 1000 10 {[string match "the target was restarted, owns the slots and has keys in them*" [job_field 0 $id reason]]} else {fail "[job 0 $id]"}
+            assert_equal committed [job_field 0 $id state]
+            assert_equal $copy [keys_in_slots 0 {5 6 7}]
+            assert_equal 1 [R 0 cluster cancel-slot-migrations id $id force]
+            wait_job_state 0 $id failed
+            assert_equal 0 [assert_one_owner {5 6 7} $before [node_pids]]
+        }
+    }
+}
+
+# The replica of node 2 is node 5: it is gone when the slots are taken over.
+start_cluster 3 3 {tags {external:skip cluster} overrides {cluster-allow-replica-migration no save "" appendonly no}} {
+    foreach way {"it is back" "an operator asks for none"} {
+        test "SHUTDOWN of a target that waits for a replica, and its restart: the source keeps its copy until $way" {
+            fresh_shards {5 6 7} stay
+            fill_moving 0
+            failpoint 2 target_before_takeover pause
+            set id [migrate 0 2 5 7]
+            wait_job_state 0 $id committed
+            kill_node 5
+            failpoint 2 target_before_takeover off
+            wait_job_state 2 $id taken
+            set copy [keys_in_slots 0 {5 6 7}]
+            write_late
+            set after [slots_dump 2 {5 6 7}]
+            shut_down 2
+            start_node_again 2
+            wait_for_condition 3000 10 {[string match "*: 0 of 1 replicas have the slots since it was restarted*" [job_field 0 $id reason]]} else {fail "[job 0 $id]"}
+            assert_equal committed [job_field 0 $id state]
+            assert_equal $copy [keys_in_slots 0 {5 6 7}]
+            if {$way eq "it is back"} {start_node_again 5} else {R 2 config set cluster-slot-migration-wait-replicas 0}
+            assert_equal done [wait_job_ended 0 $id]
+            if {![is_alive [node_pid 5]]} {start_node_again 5}
+            wait_replicas_up
+            wait_cluster_agrees
+            assert_equal 2 [slot_owner 0 5]
+            assert_same_dump $after [slots_dump 2 {5 6 7}]
+            foreach n {0 2} {wait_shard_agrees $n {5 6 7}}
+            R 2 config set cluster-slot-migration-wait-replicas 1
+        }
     }
 }
