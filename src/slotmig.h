@@ -136,7 +136,7 @@ void kvstorePrefetchDict(struct _kvstore *kvs, int didx);  /* its size is wanted
 
 /* ---- zmalloc_slotmig.c, part of zmalloc.c ---- */
 void zmallocPopulates(int with_huge_pages, long long huge_page_us);     /* this thread fills much memory */
-int zmallocPopulatesEnd(void);                     /* the same thread, before it ends */
+int zmallocPopulatesEnd(void);                      /* the same thread, before it ends */
 int zmallocHasHugePages(void);                      /* such a thread has asked for them; any thread */
 void zmallocGiveBack(void);                         /* what was freed, to the system; any thread but the main one, takes long */
 

@@ -39,6 +39,20 @@
 #define TICK_MS 10          /* between two steps of the jobs, when nothing else calls for one */
 
 struct slotmigConfig slotmig_config;
+
+configEnum slotmig_snapshot_enum[] = {
+    {"auto", SLOTMIG_SNAPSHOT_AUTO},
+    {"thread", SLOTMIG_SNAPSHOT_THREAD},
+    {"fork", SLOTMIG_SNAPSHOT_FORK},
+    {NULL, 0}
+};
+
+configEnum slotmig_huge_pages_enum[] = {
+    {"auto", SLOTMIG_HUGE_PAGES_AUTO},
+    {"yes", SLOTMIG_HUGE_PAGES_YES},
+    {"no", SLOTMIG_HUGE_PAGES_NO},
+    {NULL, 0}
+};
 int slotmig_jobs_active;
 list *slotmig_jobs, *slotmig_log;
 failPointAction slotmig_failpoints[FP_COUNT];

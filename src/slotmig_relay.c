@@ -320,8 +320,7 @@ static toldReplica *findTold(slotMigJob *job, const char *node, int make) {
 static int isTold(slotMigJob *job, const char *node, slotMigWord word, uint64_t n) {
     toldReplica *t = findTold(job,node,0);
     client *c = onlineClient(node);
-    if (word == RELAY_HANDOFF) return t && c && t->word[word] && t->client == c->id;
-    if (word == RELAY_JOB) return t && c && t->word[word] && t->client == c->id;
+    if (word == RELAY_HANDOFF || word == RELAY_JOB) return t && c && t->word[word] && t->client == c->id;
     if (t && (!t->lost || word == RELAY_ABORT) && t->word[word] >= n+1 && c && t->of == c->id) return 1;
     return (word == RELAY_TAKEOVER || word == RELAY_ABORT) && hasCopiedSince(job,node);
 }

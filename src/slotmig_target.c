@@ -1522,7 +1522,7 @@ static void askDone(connection *conn, const char *line, const char *error, void 
         interrupted(job,"the source discarded the attempt");
     }
     else if (!strncmp(line,"+PENDING",8)) slotmigSetReason(job,"prepared; the source's shard does not know yet how the hand-off ended");
-    else if (strncmp(line,"+DISCARDED",10) && job->tgt->must_ask) job->tgt->must_ask = 0;   /* nobody has a better copy */
+    else if (!strncmp(line,"+MOVED-ON",9) && job->tgt->must_ask) job->tgt->must_ask = 0;   /* nobody has a better copy */
     else if (strncmp(line,"+DISCARDED",10)) slotmigSetReason(job,"prepared; the source neither knows this migration "
         "nor serves the slots any more: CLUSTER CANCEL-SLOT-MIGRATIONS ID %s FORCE drops the copy here",job->id);
     else {

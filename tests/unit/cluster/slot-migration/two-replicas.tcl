@@ -390,6 +390,39 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
         assert_ended [expr {$to%3}] $before
     }
 
+    # It does not know which attempt was taken over: its master's epoch is of something else since.
+    test "A replica that was prepared for the attempt that was taken over, and cannot tell, asks the source and has the slots" {
+        lassign [begin] from to
+        lassign [replicas_of [expr {$to%3}]] old new
+        failpoint $from source_before_commit pause
+        set id [start_job $from $to waitreplicas 1]
+        foreach n [list $old $new] {
+            wait_for_condition 2000 10 {![catch {job_field $n $id state} state] && $state eq "prepared"} else {fail "node $n: $state"}
+        }
+        R $old config set masterauth wrong
+        R $to client kill type replica
+        wait_for_condition 2000 10 {[status [Rn $new] master_link_status] eq "up" && [status [Rn $to] connected_slaves] == 1} else {fail [R $to info replication]}
+        set before [slots_dump $from $::slots]
+        failpoint $to target_after_takeover pause
+        failpoint $from source_before_commit off
+        wait_job_state $to $id taken
+        R [master_of 1] cluster bumpepoch
+        wait_for_condition 2000 10 {[string match "BUMPED*" [R $to cluster bumpepoch]]} else {fail [R $to cluster nodes]}
+        set epoch [dict get [cluster_get_myself $to] config_epoch]
+        wait_for_condition 2000 10 {[owner_seen_by $old 3] == $to && [regexp "[node_id $to]\[^\n\]* $epoch connected" [R $old cluster nodes]]} else {fail [R $old cluster nodes]}
+        R $old config set cluster-node-timeout 60000
+        foreach n [list $new $to] {kill_node $n}
+        assert_equal OK [R $old cluster failover takeover]
+        wait_for_condition 1000 10 {[count_log_message -$old "it does not serve 3-10"] > 0} else {fail "it has not asked: [job $old $id]"}
+        R $old config set cluster-node-timeout 1000
+        R $old config set cluster-slot-migration-wait-replicas 0    ;# they are dead
+        wait_ended $from $old $id
+        assert_equal done [job_field $from $id state]
+        assert_ended [expr {$to%3}] $before
+        R $old config set cluster-slot-migration-wait-replicas 1
+        R $old config set masterauth ""
+    }
+
     # The last one here: restarted nodes that lost their last slot to another shard join that one.
     test "A replica that was prepared for an older attempt than the one taken over does not serve what it has" {
         lassign [begin] from to
