@@ -435,6 +435,12 @@ int slotmigSameLineage(const clusterNode *n, const char *name);
 int slotmigShardMates(const char *name);
 clusterNode *slotmigAliveInShard(const char *name);
 
+/* ---- nodes.conf comes to the disk (slotmig_config_file.c) ---- */
+
+void slotmigConfigStart(void);
+void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id));
+void slotmigClaimNeedNotWait(void);
+
 /* ---- records of hand-offs (slotmig_record.c) ---- */
 
 void slotmigRecordPut(const char *id, const char *target, const slotSet *slots, int handoff, const struct slotMigControl *control);
@@ -443,7 +449,6 @@ void slotmigRecordsClear(void);
 void slotmigRecordsEnd(const slotSet *slots, const char *but);
 void slotmigAskRecords(void);                       /* at the end of a turn */
 void slotmigRecordStands(const char *id, mstime_t then);
-void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id));
 sds slotmigSaveRecords(sds conf);
 void slotmigLoadRecord(const char *value, int handoff);
 void slotmigLoadControl(const char *value);         /* of a record that was loaded before */
@@ -616,7 +621,12 @@ typedef struct slotMigRawValue {
     long long expire, lfu, lru, lru_clock;
 } slotMigRawValue;
 
+typedef struct slotMigHanded {          /* what the loader's thread hands to the main thread begins with this */
+    struct slotMigHanded *next;
+} slotMigHanded;
+
 typedef struct slotMigSection {         /* a slot that arrived whole */
+    slotMigHanded handed;
     int slot;
     kvstore *keys, *expires;            /* one dict each, at 0 */
     dictEntry **field_expiry;           /* hashes with field TTLs, to be registered */
@@ -647,7 +657,7 @@ int slotmigSectionAdd(slotMigSection *s, sds key, robj *o, long long expire, lon
 typedef struct slotMigLoader slotMigLoader;
 slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int patient, int tee, int commands, slotMigFile *file,
                                   void (*wake)(void*), void *arg);
-sds slotmigLoaderTeed(slotMigLoader *l);            /* bytes that were read since, the caller's; NULL: none */
+sds slotmigLoaderTeed(slotMigLoader *l);            /* some bytes that were read, next of them, the caller's; NULL: none */
 void slotmigLoaderPace(slotMigLoader *l, long long rate, int paused);   /* bytes per second, 0: any */
 size_t slotmigLoaderMemory(slotMigLoader *l);       /* of sections not taken yet */
 /* Next finished section (owned by the caller), NULL: none at the moment. */
@@ -677,7 +687,7 @@ typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRA
     X(source_repeats_command) X(source_drops_command) \
     X(target_before_accept) X(target_before_load) X(target_before_section) X(target_before_apply) \
     X(target_before_prepared) X(target_prepared) X(target_before_takeover) X(target_after_takeover) \
-    X(target_replica_prepared) X(target_replica_takeover) X(target_cuts_links) X(target_slow_pages) X(link_is_lost)
+    X(target_replica_prepared) X(target_replica_takeover) X(target_cuts_links) X(target_slow_pages) X(link_is_lost) X(config_waits_for_disk)
 #define X(name) FP_##name,
 typedef enum { SLOTMIG_FAILPOINTS(X) FP_COUNT } failPoint;
 #undef X

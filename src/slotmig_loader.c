@@ -8,10 +8,12 @@
  * of what was received.
  *
  * Threads. The loader's thread owns, from slotmigLoaderStart() until it ends:
- * the connection with its TLS state, everything in the struct above the line,
- * and every object it makes until the section is in `done`. The main thread may
- * touch what is below the line, under the mutex, and the atomics: it sets `stop`,
- * `paused` and `rate`, it reads `bytes` and `open_memory`. From server.* the thread only
+ * the connection with its TLS state, everything in the struct above the first line,
+ * and every object it makes until it is handed over. Between the lines are atomics: the main thread sets `stop`,
+ * `paused` and `rate`, it reads the others, and takes all that there is in `done` and `teed` at once, where the
+ * loader's thread puts one more. There is no lock: the thread gives way to everybody, so whoever holds one may be
+ * without a processor for long, and the main thread must not wait for that. What is below the second line is the
+ * main thread's, and in the end the one's that frees the loader. From server.* the thread only
  * reads plain words of the configuration (encoding limits), for which a stale
  * value is as good as a new one. It must never reach server.current_client,
  * server.db, the replication or AOF state, or a module that is not known to be
@@ -86,19 +88,26 @@ struct slotMigLoader {
     monotime allowed_at;
     long long idle_limit;               /* ms without a byte */
     pthread_t thread;
+    eventNotifier *notifier;
+    /* ---------------------------------------------------------------- */
     redisAtomic unsigned long long bytes;
     redisAtomic int stop, paused;
     redisAtomic long long rate;         /* bytes per second, 0: any */
     redisAtomic size_t open_memory;     /* of the open section */
-    /* ---------------------------------------------------------------- */
-    pthread_mutex_t mutex;
-    list *done;                         /* of slotMigSection*, oldest first */
-    size_t done_memory;
-    sds teed;                           /* read, for the replicas; NULL: nothing */
+    redisAtomic size_t done_memory;     /* of those that are complete and not taken yet */
+    redisAtomic size_t teed_bytes;      /* the same */
+    slotMigHanded *done;                /* slotMigSections, newest first, NULL: none */
+    slotMigHanded *teed;                /* what was read, for the replicas: the same */
     int state;                          /* 0: running, 1: complete, -1: failed */
-    eventNotifier *notifier;
-    void (*wake)(void*);                /* main thread only */
+    /* ---------------------------------------------------------------- */
+    slotMigHanded *taken, *taken_teed;  /* oldest first */
+    void (*wake)(void*);
     void *arg;
+};
+
+struct teed {
+    slotMigHanded handed;       /* first */
+    sds bytes;
 };
 
 static __thread slotMigReader *this_reader;
@@ -161,20 +170,41 @@ static size_t sectionMemory(slotMigLoader *l) {
     return now > l->section_memory ? now - l->section_memory : 0;
 }
 
+/* ---- handing over ---- */
+
+/* 1: there was none. */
+static int put(slotMigHanded **newest, slotMigHanded *h) {
+    h->next = __atomic_load_n(newest,__ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(newest,&h->next,h,1,__ATOMIC_RELEASE,__ATOMIC_RELAXED)) continue;
+    return h->next == NULL;
+}
+
+/* The next one of those that were taken, or else of all that there are now; NULL: none. */
+static void *take(slotMigHanded **taken, slotMigHanded **newest) {
+    if (*taken == NULL) {
+        slotMigHanded *h = __atomic_exchange_n(newest,NULL,__ATOMIC_ACQUIRE), *older;
+        for (; h; h = older) {
+            older = h->next;
+            h->next = *taken;
+            *taken = h;
+        }
+    }
+    slotMigHanded *oldest = *taken;
+    if (oldest) *taken = oldest->next;
+    return oldest;
+}
+
 static int teeIsFull(slotMigLoader *l) {
-    pthread_mutex_lock(&l->mutex);
-    int full = l->teed && sdslen(l->teed) > TEE_MAX;
-    pthread_mutex_unlock(&l->mutex);
-    return full;
+    size_t bytes;
+    atomicGet(l->teed_bytes,bytes);
+    return bytes > TEE_MAX;
 }
 
 static void teeBytes(slotMigLoader *l, const void *p, size_t len) {
-    pthread_mutex_lock(&l->mutex);
-    int first = l->teed == NULL;
-    if (first) l->teed = sdsempty();
-    l->teed = sdscatlen(l->teed,p,len);
-    pthread_mutex_unlock(&l->mutex);
-    if (first) triggerEventNotifier(l->notifier);
+    struct teed *t = zmalloc(sizeof(*t));
+    t->bytes = sdsnewlen(p,len);
+    atomicIncr(l->teed_bytes,len);
+    if (put(&l->teed,&t->handed)) triggerEventNotifier(l->notifier);
 }
 
 /* How many of `len` bytes may be read now, 0: stopped. Waits while the operator
@@ -452,10 +482,8 @@ static int closeSection(slotMigLoader *l, const char *text, size_t len, uint64_t
     s->memory = sectionMemory(l);
     l->section = NULL;
     atomicSet(l->open_memory,0);
-    pthread_mutex_lock(&l->mutex);
-    listAddNodeTail(l->done,s);
-    l->done_memory += s->memory;
-    pthread_mutex_unlock(&l->mutex);
+    atomicIncr(l->done_memory,s->memory);
+    put(&l->done,&s->handed);
     triggerEventNotifier(l->notifier);
     return C_OK;
 }
@@ -709,9 +737,7 @@ static void *loaderMain(void *arg) {
     sdsfree(l->capture);
     sdsfree(l->replay);
     this_reader = NULL;
-    pthread_mutex_lock(&l->mutex);
-    l->state = res == C_OK ? 1 : -1;
-    pthread_mutex_unlock(&l->mutex);
+    __atomic_store_n(&l->state,res == C_OK ? 1 : -1,__ATOMIC_RELEASE);
     triggerEventNotifier(l->notifier);
     return NULL;
 }
@@ -752,8 +778,6 @@ slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int pa
     slotRdbIndexInit(&l->index);
     l->idle_limit = server.repl_timeout*1000LL;
     slotmigReaderInit(&l->reader,1);
-    pthread_mutex_init(&l->mutex,NULL);
-    l->done = listCreate();
     l->wake = wake;
     l->arg = arg;
     l->notifier = createEventNotifier();
@@ -772,29 +796,22 @@ slotMigLoader *slotmigLoaderStart(connection *conn, const slotSet *slots, int pa
 err:
     if (file) slotmigFileEnd(file,0);
     if (l->notifier) freeEventNotifier(l->notifier);
-    listRelease(l->done);
     zfree(l);
     return NULL;
 }
 
 slotMigSection *slotmigLoaderNext(slotMigLoader *l) {
-    slotMigSection *s = NULL;
-    pthread_mutex_lock(&l->mutex);
-    listNode *ln = listFirst(l->done);
-    if (ln) {
-        s = listNodeValue(ln);
-        listDelNode(l->done,ln);
-        l->done_memory -= s->memory;
-    }
-    pthread_mutex_unlock(&l->mutex);
+    slotMigSection *s = take(&l->taken,&l->done);
+    if (s) atomicDecr(l->done_memory,s->memory);
     return s;
 }
 
 sds slotmigLoaderTeed(slotMigLoader *l) {
-    pthread_mutex_lock(&l->mutex);
-    sds bytes = l->teed;
-    l->teed = NULL;
-    pthread_mutex_unlock(&l->mutex);
+    struct teed *t = take(&l->taken_teed,&l->teed);
+    if (t == NULL) return NULL;
+    sds bytes = t->bytes;
+    atomicDecr(l->teed_bytes,sdslen(bytes));
+    zfree(t);
     return bytes;
 }
 
@@ -804,11 +821,9 @@ void slotmigLoaderPace(slotMigLoader *l, long long rate, int paused) {
 }
 
 size_t slotmigLoaderMemory(slotMigLoader *l) {
-    size_t open;
+    size_t open, done;
     atomicGet(l->open_memory,open);
-    pthread_mutex_lock(&l->mutex);
-    size_t done = l->done_memory;
-    pthread_mutex_unlock(&l->mutex);
+    atomicGet(l->done_memory,done);
     return open+done;
 }
 
@@ -831,9 +846,8 @@ robj *slotmigDecodeValue(const slotMigRawValue *v, sds *error) {
 }
 
 int slotmigLoaderState(slotMigLoader *l, const char **error, unsigned long long *bytes) {
-    pthread_mutex_lock(&l->mutex);
-    int state = listLength(l->done) ? 0 : l->state;
-    pthread_mutex_unlock(&l->mutex);
+    int state = __atomic_load_n(&l->state,__ATOMIC_ACQUIRE);    /* first: the last section was there before it */
+    if (l->taken || __atomic_load_n(&l->done,__ATOMIC_RELAXED)) state = 0;
     if (error) *error = l->reader.error;   /* written before the state was */
     if (bytes) atomicGet(l->bytes,*bytes);
     return state;
@@ -841,10 +855,7 @@ int slotmigLoaderState(slotMigLoader *l, const char **error, unsigned long long 
 
 /* Does its thread still read, whatever was taken of what it has read? */
 int slotmigLoaderRuns(slotMigLoader *l) {
-    pthread_mutex_lock(&l->mutex);
-    int runs = l->state == 0;
-    pthread_mutex_unlock(&l->mutex);
-    return runs;
+    return __atomic_load_n(&l->state,__ATOMIC_ACQUIRE) == 0;
 }
 
 /* To look at who it is, not to read or to close it. */
@@ -859,11 +870,10 @@ static void finishLoader(void *args[]) {
     freeEventNotifier(l->notifier);
     connClose(l->conn);
     slotMigSection *s;
+    sds bytes;
     while ((s = slotmigLoaderNext(l)) != NULL) slotmigSectionFree(s);
-    listRelease(l->done);
-    sdsfree(l->teed);
+    while ((bytes = slotmigLoaderTeed(l)) != NULL) sdsfree(bytes);
     slotRdbIndexFree(&l->index);
-    pthread_mutex_destroy(&l->mutex);
     zfree(l);
 }
 

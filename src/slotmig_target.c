@@ -895,8 +895,8 @@ static int registerStep(slotMigJob *job, monotime until) {
 
 /* What the loader read goes to the replicas, too. */
 static void takeTeed(slotMigTarget *t) {
-    sds bytes = t->loader && t->relaying ? slotmigLoaderTeed(t->loader) : NULL;
-    if (bytes) listAddNodeTail(t->to_relay,bytes);
+    sds bytes;
+    while (t->loader && t->relaying && (bytes = slotmigLoaderTeed(t->loader)) != NULL) listAddNodeTail(t->to_relay,bytes);
 }
 
 static void relaySnapshot(slotMigJob *job) {
@@ -1464,6 +1464,7 @@ static void takeOver(slotMigJob *job) {
     t->holding = 0;
     slotmigSetState(job,SLOTMIG_TAKEN,"the new slot map goes to the disk");
     slotmigConfigToDisk(job->id,takenDurably);
+    slotmigClaimNeedNotWait();
     unblockPostponedClients();
     slotmigPauseServed(job,began);
     slotmigWork(was);
