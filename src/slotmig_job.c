@@ -570,6 +570,7 @@ void slotmigBeforeSleep(void) {
     slotmigBackupTurn();
     if (!started) {
         started = 1;
+        slotmigConfigStart();
         slotmigGivenDropped();
         slotmigLackingStart();
         slotmigTakenStart();

@@ -32,10 +32,7 @@
  * Public License v3 (AGPLv3), see LICENSE. */
 
 #include "slotmig_job.h"
-#include "bio.h"
 #include <ctype.h>
-#include <fcntl.h>
-#include <libgen.h>
 
 #define ASK_RECORDS 1000        /* ms between two questions about the same records */
 
@@ -151,20 +148,7 @@ void slotmigRecordsClear(void) {
     while (records && listLength(records)) slotmigRecordDrop(((handoffRecord*)listNodeValue(listFirst(records)))->id);
 }
 
-/* ---- the disk ---- */
-
-/* Bring nodes.conf, just written, to the disk without the main thread waiting for
- * it; then done(id of the job) is called, on the main thread. `done` gets an sds
- * that it must free. */
-void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id)) {
-    char path[PATH_MAX];
-    snprintf(path,sizeof(path),"%s",server.cluster_configfile);
-    int file = open(path,O_RDONLY), dir = open(dirname(path),O_RDONLY|O_DIRECTORY);
-    if (file == -1 || dir == -1) clusterSaveConfigOrDie(1);     /* then here */
-    if (file != -1) bioCreateCloseJob(file,1,0);
-    if (dir != -1) bioCreateCloseJob(dir,1,0);
-    bioCreateCompRq(BIO_WORKER_CLOSE_FILE,done,0,sdsnew(id));
-}
+/* ---- nodes.conf ---- */
 
 sds slotmigSaveRecords(sds conf) {
     listIter li;

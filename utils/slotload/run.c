@@ -17,7 +17,7 @@
  *
  * Two numbers tell how long the moving slots took no write:
  *   longest_write_us  the slowest write, from its intended start;
- *   longest_gap_us    the longest time in which none of them took any write.
+ *   longest_gap_us    the longest time in which some were meant to be taken and none was.
  * For many moves in one run, "lap" on standard input ends a lap: both numbers of it
  * are one more line in the file of --laps.
  *
@@ -68,7 +68,8 @@ typedef struct phase {
 static phase phases[MAX_PHASES];
 static int phaseCount;
 static int current;                     /* Index into phases. */
-static int64_t lastWrite[SETS];
+static long long due[SETS];             /* Writes that were meant to have started and have no result. */
+static int64_t dueSince[SETS];          /* So many are; none was taken since. */
 static int64_t lapWrite, lapGap;        /* Of the moving slots, in this lap. */
 static FILE *laps, *timeline;
 static struct hdr_histogram *recent[SETS][OPS]; /* Since the timeline's last line. */
@@ -91,12 +92,19 @@ static struct hdr_histogram *newHistogram(void) {
     return h;
 }
 
+/* None of the due ones was taken until now. */
+static void noteGap(int set, int64_t now) {
+    phase *p = &phases[current];
+    int64_t gap = due[set] ? now - dueSince[set] : 0;
+    if (gap > p->longestGap[set]) p->longestGap[set] = gap;
+    if (set == SET_MOVING && gap > lapGap) lapGap = gap;
+    dueSince[set] = now;
+}
+
 static void endPhase(int64_t now) {
     phase *p = &phases[current];
     p->lasted += now - p->began;
-    for (int set = 0; set < SETS; set++)
-        if (lastWrite[set] && now - lastWrite[set] > p->longestGap[set])
-            p->longestGap[set] = now - lastWrite[set];
+    for (int set = 0; set < SETS; set++) noteGap(set, now);
 }
 
 /* Make 'name' the present phase; one that was there before goes on. */
@@ -115,7 +123,6 @@ static void enterPhase(const char *name, int64_t now) {
     }
     p->began = now;
     if (timeline) fprintf(timeline, "%lld phase %s\n", (long long)now, name);
-    for (int set = 0; set < SETS; set++) if (lastWrite[set]) lastWrite[set] = now;
 }
 
 static void nextPhase(int64_t now) {
@@ -158,14 +165,8 @@ static void succeed(request *rq) {
     intervalDone++;
     p->succeeded[set][op]++;
     if (op == OP_WRITE) {
-        phase *here = &phases[current];
-        if (lastWrite[set] && now - lastWrite[set] > here->longestGap[set])
-            here->longestGap[set] = now - lastWrite[set];
-        if (set == SET_MOVING) {
-            if (took > lapWrite) lapWrite = took;
-            if (lastWrite[set] && now - lastWrite[set] > lapGap) lapGap = now - lastWrite[set];
-        }
-        lastWrite[set] = now;
+        noteGap(set, now);
+        if (set == SET_MOVING && took > lapWrite) lapWrite = took;
     }
 }
 
@@ -185,14 +186,15 @@ static void counterReadDone(request *rq, redisReply *reply, const char *failure)
 
 static void counterWriteDone(request *rq, redisReply *reply, const char *failure) {
     loadKey *k = rq->owner;
-    if (!hasResult(rq, reply, failure)) {
-        if (!reply) k->unknown++;
-        return;
+    if (hasResult(rq, reply, failure)) {
+        k->acknowledged++;
+        /* An increment counts at least those acknowledged before it was sent. */
+        if (reply->integer <= rq->expected) phases[rq->phase].stale++;
+        succeed(rq);
+    } else if (!reply) {
+        k->unknown++;
     }
-    k->acknowledged++;
-    /* An increment counts at least those acknowledged before it was sent. */
-    if (reply->integer <= rq->expected) phases[rq->phase].stale++;
-    succeed(rq);
+    due[setOf(rq)]--;
 }
 
 static void pairReadDone(request *rq, redisReply *reply, const char *failure) {
@@ -214,6 +216,7 @@ static void pairWriteDone(request *rq, redisReply *reply, const char *failure) {
         if (rq->expected > k->acknowledged) k->acknowledged = rq->expected;
         succeed(rq);
     }
+    due[setOf(rq)]--;
     k->busy = 0;
     request *next = k->waiting;
     if (next && !stopping) {
@@ -266,6 +269,7 @@ static void operate(int64_t intended) {
     phase *p = &phases[current];
 
     p->started[set][op]++;
+    if (op == OP_WRITE && due[set]++ == 0 && intended > dueSince[set]) dueSince[set] = intended;
     int64_t late = nowUs() - intended;
     hdr_record_value(p->lag, late < 1 ? 1 : late > LONGEST_US ? LONGEST_US : late);
 
@@ -309,6 +313,7 @@ static void dropWaiting(void) {
             while (k->waiting) {
                 request *rq = k->waiting;
                 k->waiting = rq->next;
+                due[set]--;
                 phases[rq->phase].unsent++;
                 free(rq);
             }

@@ -38,6 +38,29 @@ start_cluster 3 0 {tags {external:skip cluster}} {
     set moving [key_in 10 k]
     set other [key_in 4000 k]
 
+    test "Nobody waits for the disk who just hears that slots moved; who promises something does" {
+        fresh
+        wait_for_cluster_state ok
+        foreach n {0 1 2} {failpoint $n config_waits_for_disk fail}
+        foreach turn {1 2 3} {
+            lassign [expr {$turn%2 ? {0 2} : {2 0}}] from to
+            wait_migrated $from $to [migrate $from $to 0 99]
+        }
+        wait_for_cluster_propagation
+        foreach n {0 1 2} {assert_equal "0 $n" "[reached $n config_waits_for_disk] $n"}
+        # What they heard is in their files all the same.
+        foreach n {0 1 2} {
+            regexp {myself[^\n]* connected ([^\n]*)} [R 2 cluster nodes] -> slots
+            set conf [read_file [file join [lindex [R $n config get dir] 1] nodes.conf]]
+            regexp [string cat [R 2 cluster myid] {[^\n]* connected ([^\n]*)}] $conf -> saved
+            assert_equal "$n $slots" "$n $saved"
+        }
+        R 1 cluster bumpepoch
+        wait_for_condition 500 10 {[reached 1 config_waits_for_disk] > 0} else {fail "an epoch of its own, and it did not wait"}
+        assert_equal 0 [reached 0 config_waits_for_disk]
+        foreach n {0 1 2} {failpoint $n config_waits_for_disk off}
+    }
+
     test "Behind the fence writes to the moving slots wait and all else goes on" {
         fresh
         R 0 mset $moving 1 [key_in 10 second] 2
