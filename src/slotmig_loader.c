@@ -172,11 +172,12 @@ static size_t sectionMemory(slotMigLoader *l) {
 
 /* ---- handing over ---- */
 
-/* 1: there was none. */
+/* 1: there was none. From here on `h` is the main thread's. */
 static int put(slotMigHanded **newest, slotMigHanded *h) {
-    h->next = __atomic_load_n(newest,__ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(newest,&h->next,h,1,__ATOMIC_RELEASE,__ATOMIC_RELAXED)) continue;
-    return h->next == NULL;
+    slotMigHanded *older = __atomic_load_n(newest,__ATOMIC_RELAXED);
+    do h->next = older;
+    while (!__atomic_compare_exchange_n(newest,&older,h,1,__ATOMIC_RELEASE,__ATOMIC_RELAXED));
+    return older == NULL;
 }
 
 /* The next one of those that were taken, or else of all that there are now; NULL: none. */
