@@ -25,6 +25,14 @@ static struct promises {
 
 static int running, again;      /* a file is on its way to the disk, and is an older one by now */
 
+/* The file that is replaced goes on being open until a bio thread closes it: it is that which gives its place
+ * on the disk back, and may wait for the disk. */
+void slotmigWriteConfig(int durably) {
+    int replaced = open(server.cluster_configfile,O_RDONLY|O_CLOEXEC);
+    clusterSaveConfigOrDie(durably);
+    if (replaced != -1) bioCreateCloseJob(replaced,0,0);
+}
+
 static struct promises promisesNow(void) {
     struct promises p;
     memset(&p,0,sizeof(p));     /* compared with its padding */
@@ -74,7 +82,7 @@ void slotmigSaveConfig(int durably) {
     struct promises now = promisesNow();
     int waits = durably && memcmp(&now,&durable,sizeof(now)) != 0;
     if (waits) slotmigFailPoint(FP_config_waits_for_disk);
-    clusterSaveConfigOrDie(waits);
+    slotmigWriteConfig(waits);
     if (waits) durable = now;
     if (!durably || waits) return;
     if (running) {

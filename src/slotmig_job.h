@@ -438,6 +438,7 @@ clusterNode *slotmigAliveInShard(const char *name);
 /* ---- nodes.conf comes to the disk (slotmig_config_file.c) ---- */
 
 void slotmigConfigStart(void);
+void slotmigWriteConfig(int durably);
 void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id));
 void slotmigClaimNeedNotWait(void);
 

@@ -48,7 +48,7 @@
  * (A value's place in the field expiry of the database may change meanwhile, and so may an
  * integer that several keys share: the thread does not read these, see slotmigInSaver() in rdb.c
  * and takeKey().) The connection is the thread's from start to join.
- * The rest is under the mutex, or says what it is. A forked child has a copy in which
+ * The rest says what it is. A forked child has a copy in which
  * the slots are frozen for ever: there nobody waits.
  *
  * Must never happen: a frozen dict changed; a slot whose writes are streamed from
@@ -126,14 +126,15 @@ struct slotMigSaver {
     rio out;
     double us_per_key;
     unsigned long long batch_us;
-    /* ---- under the mutex ---- */
+    /* ---- any thread's. The mutex is for sleeping only: the thread gives way to everybody, and the main
+     * thread would wait for a lock as long as that takes ---- */
     pthread_mutex_t mutex;
-    pthread_cond_t work, progress;  /* for the thread; for whoever waits for a slot */
-    int given;                      /* 1: a batch, 2: the end, 3: the end, but more sections will follow */
-    int filling;                    /* it sends a field that says nothing: nothing may be given */
-    int out_of;                     /* how many of the batch are out of the dicts */
-    int failed, ended;
-    int error;                      /* errno */
+    pthread_cond_t work, progress;  /* for the thread: `given`; for whoever waits for a slot: `out_of`, `ended` */
+    redisAtomic int given;          /* 1: a batch, 2: the end, 3: the end, but more sections will follow */
+    redisAtomic int filling;        /* it sends a field that says nothing: what is given has to wait */
+    redisAtomic int out_of;         /* how many of the batch are out of the dicts */
+    redisAtomic int ended;
+    int failed, error;              /* errno; before `ended` */
     redisAtomic int stop;
     redisAtomic int awaited;        /* somebody waits for a slot on the spot */
     redisAtomic size_t memory;      /* bytes of the buffer */
@@ -272,9 +273,13 @@ static takeResult takeSlot(slotMigSaver *s, frozenSlot *f, unsigned long long ma
 
 /* ---- the thread ---- */
 
-static void slotIsOut(slotMigSaver *s) {
+/* Whoever begins to wait for the slot just now sees that it is out, or is seen. */
+static void slotIsOut(slotMigSaver *s, int i) {
+    int awaited;
+    atomicSetWithSync(s->out_of,i+1);
+    atomicGetWithSync(s->awaited,awaited);
+    if (!awaited) return;
     pthread_mutex_lock(&s->mutex);
-    s->out_of++;
     pthread_cond_broadcast(&s->progress);
     pthread_mutex_unlock(&s->mutex);
 }
@@ -308,7 +313,7 @@ static void takeBatch(slotMigSaver *s) {
         }
         if (f->result == TAKEN) keys += f->nkeys;
         s->batch_us = getMonotonicUs() - began;
-        slotIsOut(s);
+        slotIsOut(s,i);
     }
     if (keys) s->us_per_key += (s->batch_us/(double)keys - s->us_per_key)/2;
 }
@@ -329,14 +334,22 @@ static int sendEnd(slotMigSaver *s) {
     return slotRdbWriteEnd(&s->writer);
 }
 
-/* Until there is work. 0: none, and the other side should hear something. */
+/* Until there is work: what was given. 0: none, and the other side should hear something; -1: none any more. */
 static int awaitWork(slotMigSaver *s) {
     struct timespec until;
+    int given, stop, late = 0;
     clock_gettime(CLOCK_REALTIME,&until);
     until.tv_sec += FILLER_PERIOD/1000;
-    while (!s->given && !s->stop)
-        if (pthread_cond_timedwait(&s->work,&s->mutex,&until) == ETIMEDOUT) break;
-    return s->given || s->stop;
+    pthread_mutex_lock(&s->mutex);
+    for (;;) {
+        atomicGetWithSync(s->given,given);
+        atomicGet(s->stop,stop);
+        if (given || stop || late) break;
+        late = pthread_cond_timedwait(&s->work,&s->mutex,&until) == ETIMEDOUT;
+    }
+    if (!given) atomicSet(s->filling,1);
+    pthread_mutex_unlock(&s->mutex);
+    return stop ? -1 : given;
 }
 
 static void *saverMain(void *arg) {
@@ -344,15 +357,9 @@ static void *saverMain(void *arg) {
     redis_set_thread_title("slot_saver");
     makeThreadKillable();
     slotmigTurns(1);
-    int failed = rioWrite(&s->out,s->header,sdslen(s->header)) == 0, given = 0;
-    pthread_mutex_lock(&s->mutex);
-    while (!s->stop && !failed && given < 2) {
-        int work = awaitWork(s);
-        given = s->given;
-        if (s->stop) break;
-        s->filling = !work;
-        pthread_mutex_unlock(&s->mutex);
-        if (!work) {
+    int failed = rioWrite(&s->out,s->header,sdslen(s->header)) == 0, error = errno, given = 0;
+    while (!failed && given < 2 && (given = awaitWork(s)) != -1) {
+        if (!given) {
             for (int stop = 0; slotmigFailPoint(FP_source_in_filler) == FAILPOINT_PAUSE && !stop; usleep(1000)) atomicGet(s->stop,stop);
             failed = slotRdbWriteAux(&s->out,"slot-filler","",0) == -1 || rioFlush(&s->out) == 0;
         } else if (given == 1) {
@@ -365,15 +372,15 @@ static void *saverMain(void *arg) {
         } else {
             failed = rioFlush(&s->out) == 0;
         }
-        int error = errno;
-        pthread_mutex_lock(&s->mutex);
-        if (failed) s->error = error;
-        if (work) s->given = 0;     /* what was given while the filler was sent comes next */
-        s->filling = 0;
+        error = errno;
+        atomicSet(s->filling,0);
+        if (given) atomicSetWithSync(s->given,0);   /* what was given while the filler was sent comes next */
         triggerEventNotifier(s->notifier);
     }
+    if (failed) s->error = error;
     s->failed = failed;
-    s->ended = 1;
+    pthread_mutex_lock(&s->mutex);
+    atomicSetWithSync(s->ended,1);
     pthread_cond_broadcast(&s->progress);
     pthread_mutex_unlock(&s->mutex);
     triggerEventNotifier(s->notifier);
@@ -406,16 +413,22 @@ static void thawSlot(frozenSlot *f) {
 
 /* The slot is out of the dicts, at the latest when this returns. */
 static void awaitSlot(slotMigSaver *s, int i) {
+    int out_of, ended;
+    atomicGetWithSync(s->out_of,out_of);
+    if (out_of > i) return;
+    monotime began = getMonotonicUs();
     pthread_mutex_lock(&s->mutex);
-    if (s->out_of <= i) {
-        monotime began = getMonotonicUs();
-        atomicSet(s->awaited,1);
-        while (s->out_of <= i && !s->ended) pthread_cond_wait(&s->progress,&s->mutex);
-        atomicSet(s->awaited,0);
-        unsigned long long us = getMonotonicUs() - began;
-        if (us > stats.wait_max_us) stats.wait_max_us = us;
+    atomicSetWithSync(s->awaited,1);
+    for (;;) {
+        atomicGetWithSync(s->out_of,out_of);
+        atomicGetWithSync(s->ended,ended);
+        if (out_of > i || ended) break;
+        pthread_cond_wait(&s->progress,&s->mutex);
     }
+    atomicSetWithSync(s->awaited,0);
     pthread_mutex_unlock(&s->mutex);
+    unsigned long long us = getMonotonicUs() - began;
+    if (us > stats.wait_max_us) stats.wait_max_us = us;
 }
 
 static void wakePostponed(void) {
@@ -535,10 +548,9 @@ static void saverWoken(struct aeEventLoop *el, int fd, void *data, int mask) {
     slotMigSaver *s = data;
     handleEventNotifier(s->notifier);
     slotMigWork was = slotmigWork(WORK_freeze);
-    pthread_mutex_lock(&s->mutex);
-    int out = s->out_of == s->n;
-    pthread_mutex_unlock(&s->mutex);
-    if (out) thawBatch(s);      /* the next one: before this turn ends (slotmigSaverTurn) */
+    int out_of;
+    atomicGetWithSync(s->out_of,out_of);
+    if (out_of == s->n) thawBatch(s);      /* the next one: before this turn ends (slotmigSaverTurn) */
     slotmigWork(was);
 }
 
@@ -604,13 +616,14 @@ slotMigSaver *slotmigSaverStart(connection *conn, const slotSet *slots, int limi
 void slotmigSaverFree(slotMigSaver *s, slotRdbWriter *writer) {
     if (s->notifier) {
         atomicSet(s->stop,1);
+        int ended;
         pthread_mutex_lock(&s->mutex);
         pthread_cond_signal(&s->work);
-        int ended = s->ended;
         pthread_mutex_unlock(&s->mutex);
+        atomicGetWithSync(s->ended,ended);
         if (!ended) shutdown(s->conn->fd,SHUT_RDWR);    /* it may be writing */
         pthread_join(s->thread,NULL);
-        s->out_of = s->n;
+        atomicSet(s->out_of,s->n);
         thawBatch(s);
         aeDeleteFileEvent(server.el,getReadEventFd(s->notifier),AE_READABLE);
         freeEventNotifier(s->notifier);
@@ -634,17 +647,19 @@ void slotmigSaverFree(slotMigSaver *s, slotRdbWriter *writer) {
 
 /* 1: it can be given something, 0: it is at work, 2: it is at its end, -1: it failed, errno tells why. */
 int slotmigSaverState(slotMigSaver *s) {
-    pthread_mutex_lock(&s->mutex);
-    int res = s->failed ? -1 : s->ended ? 2 : !s->given && !s->filling;
+    int ended, given, filling;
+    atomicGetWithSync(s->ended,ended);
+    atomicGetWithSync(s->given,given);
+    atomicGet(s->filling,filling);
+    if (!ended) return !given && !filling;
     errno = s->error;
-    pthread_mutex_unlock(&s->mutex);
-    return res;
+    return s->failed ? -1 : 2;
 }
 
 static void give(slotMigSaver *s, int what) {
+    atomicSet(s->out_of,s->by_main ? s->n : 0);
     pthread_mutex_lock(&s->mutex);
-    s->given = what;
-    s->out_of = s->by_main ? s->n : 0;
+    atomicSetWithSync(s->given,what);
     pthread_cond_signal(&s->work);
     pthread_mutex_unlock(&s->mutex);
 }

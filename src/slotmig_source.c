@@ -1308,7 +1308,7 @@ static int handoffIsTold(slotMigJob *job) {
     if (s->recorded == 0) {
         s->recorded = 1;
         slotmigRecordPut(job->id,job->peer,&job->slots,1,&job->control);
-        clusterSaveConfigOrDie(0);
+        slotmigWriteConfig(0);
         slotmigConfigToDisk(job->id,recordedDurably);
         slotmigRelayHandoff(job);
     }
@@ -1788,7 +1788,7 @@ static void handOffDone(slotMigJob *job, uint64_t epoch) {
         }
         /* That they were given away must be written before their keys go; not forced
          * to the disk, since the target's claim would tell us again. */
-        clusterSaveConfigOrDie(0);
+        slotmigWriteConfig(0);
         clusterDoBeforeSleep(CLUSTER_TODO_UPDATE_STATE);
     }
     slotmigRelayTrim(job);

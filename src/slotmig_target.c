@@ -1439,7 +1439,7 @@ static void takeOver(slotMigJob *job) {
     if (myself->configEpoch < job->epoch) myself->configEpoch = job->epoch;
     if (server.cluster->currentEpoch < job->epoch) server.cluster->currentEpoch = job->epoch;
     /* A crash of this process finds it; one of the system does, too, where writes are acknowledged as such. */
-    clusterSaveConfigOrDie(server.aof_state == AOF_ON && server.aof_fsync == AOF_FSYNC_ALWAYS);
+    slotmigWriteConfig(server.aof_state == AOF_ON && server.aof_fsync == AOF_FSYNC_ALWAYS);
     server.dirty += slotmigShadowMerge(t->shadow);
     t->shadow = NULL;
     if (aof_error) {    /* the slots are ours already: never without their keys */

@@ -40,7 +40,9 @@ start_cluster 3 0 {tags {external:skip cluster}} {
 
     test "Nobody waits for the disk who just hears that slots moved; who promises something does" {
         fresh
-        wait_for_cluster_state ok
+        # What the nodes themselves did to become a cluster is on the disk with the first that they hear.
+        wait_migrated 0 2 [migrate 0 2 100 100]
+        wait_for_cluster_propagation
         foreach n {0 1 2} {failpoint $n config_waits_for_disk fail}
         foreach turn {1 2 3} {
             lassign [expr {$turn%2 ? {0 2} : {2 0}}] from to
