@@ -607,6 +607,7 @@ static void endAnyway(slotMigJob *job, void *why) {
 
 /* Also what waits for a word of the cluster that this node leaves. */
 void slotmigClusterReset(void) {
+    slotmigConfigPromises();
     slotmigEachJob(endAnyway,"CLUSTER RESET of this node");
     slotmigRecordsClear();
     slotmigTakenForget();
@@ -651,7 +652,8 @@ void slotmigShutdown(void) {
     if (!server.cluster_enabled) return;
     slotmigEachJob(leaveJob,"the node shuts down");
     /* What was put or went in this turn: no other follows that would save it. */
-    if (slotmigTakenShutdown() || slotmigAnyRecord() || server.cluster->todo_before_sleep & CLUSTER_TODO_SAVE_CONFIG) clusterSaveConfig(1);
+    int heard = slotmigConfigShutdown();
+    if (slotmigTakenShutdown() || heard || slotmigAnyRecord() || server.cluster->todo_before_sleep & CLUSTER_TODO_SAVE_CONFIG) clusterSaveConfig(1);
 }
 
 /* ---- hooks that ask about slots ---- */

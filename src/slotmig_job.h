@@ -438,9 +438,12 @@ clusterNode *slotmigAliveInShard(const char *name);
 /* ---- nodes.conf comes to the disk (slotmig_config_file.c) ---- */
 
 void slotmigConfigStart(void);
+void slotmigConfigPromises(void);
+void slotmigConfigWritten(void);
+int slotmigConfigShutdown(void);
 void slotmigWriteConfig(int durably);
 void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id));
-void slotmigClaimNeedNotWait(void);
+void slotmigClaimNeedNotWait(uint64_t epoch);
 
 /* ---- records of hand-offs (slotmig_record.c) ---- */
 

@@ -40,6 +40,7 @@ void slotmigDoNotServe(const slotSet *slots) {
         if (server.cluster->slots[j] == server.cluster->myself && !slotSetHas(&unserved,j)) slotSetAdd(&unserved,j);
     slotmig_unserved = unserved.count;
     if (unserved.count == before) return;
+    slotmigConfigPromises();
     clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_FSYNC_CONFIG);
     sds ranges = slotSetToString(&unserved);
     serverLog(LL_WARNING,"Slot migration: this node's master took slots over of which it has no copy: it does not serve %.200s "

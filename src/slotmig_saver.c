@@ -374,7 +374,8 @@ static void *saverMain(void *arg) {
         }
         error = errno;
         atomicSet(s->filling,0);
-        if (given) atomicSetWithSync(s->given,0);   /* what was given while the filler was sent comes next */
+        /* What was given while the filler was sent comes next; after a failure nothing more. */
+        if (given && !failed) atomicSetWithSync(s->given,0);
         triggerEventNotifier(s->notifier);
     }
     if (failed) s->error = error;

@@ -1689,6 +1689,7 @@ static slotSet given_dropped;            /* at the start */
 static unsigned long long given_dropped_keys;
 
 sds slotmigSaveVars(sds conf) {
+    slotmigConfigWritten();
     sdsIncrLen(conf,-1);    /* behind upstream's variables, on the same line */
     if (given.count) {
         sds ranges = sdsmapchars(slotSetToString(&given)," ",",",1);

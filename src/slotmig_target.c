@@ -1464,7 +1464,7 @@ static void takeOver(slotMigJob *job) {
     t->holding = 0;
     slotmigSetState(job,SLOTMIG_TAKEN,"the new slot map goes to the disk");
     slotmigConfigToDisk(job->id,takenDurably);
-    slotmigClaimNeedNotWait();
+    slotmigClaimNeedNotWait(job->epoch);
     unblockPostponedClients();
     slotmigPauseServed(job,began);
     slotmigWork(was);

@@ -69,7 +69,8 @@ static phase phases[MAX_PHASES];
 static int phaseCount;
 static int current;                     /* Index into phases. */
 static long long due[SETS];             /* Writes that were meant to have started and have no result. */
-static int64_t dueSince[SETS];          /* So many are; none was taken since. */
+static int64_t dueSince[SETS];          /* Some are; none was taken since. */
+static int lastFailed[SETS];            /* The last one that ended did. */
 static int64_t lapWrite, lapGap;        /* Of the moving slots, in this lap. */
 static FILE *laps, *timeline;
 static struct hdr_histogram *recent[SETS][OPS]; /* Since the timeline's last line. */
@@ -92,19 +93,28 @@ static struct hdr_histogram *newHistogram(void) {
     return h;
 }
 
-/* None of the due ones was taken until now. */
+/* None of the due ones was taken until now, as far as dueSince. */
 static void noteGap(int set, int64_t now) {
     phase *p = &phases[current];
     int64_t gap = due[set] ? now - dueSince[set] : 0;
     if (gap > p->longestGap[set]) p->longestGap[set] = gap;
     if (set == SET_MOVING && gap > lapGap) lapGap = gap;
-    dueSince[set] = now;
+}
+
+static void writeEnded(int set, int taken, int64_t now) {
+    noteGap(set, now);
+    if (taken) dueSince[set] = now;
+    lastFailed[set] = !taken;
+    due[set]--;
 }
 
 static void endPhase(int64_t now) {
     phase *p = &phases[current];
     p->lasted += now - p->began;
-    for (int set = 0; set < SETS; set++) noteGap(set, now);
+    for (int set = 0; set < SETS; set++) {
+        noteGap(set, now);
+        dueSince[set] = now;
+    }
 }
 
 /* Make 'name' the present phase; one that was there before goes on. */
@@ -164,10 +174,7 @@ static void succeed(request *rq) {
     if (timeline) hdr_record_value(recent[set][op], took);
     intervalDone++;
     p->succeeded[set][op]++;
-    if (op == OP_WRITE) {
-        noteGap(set, now);
-        if (set == SET_MOVING && took > lapWrite) lapWrite = took;
-    }
+    if (op == OP_WRITE && set == SET_MOVING && took > lapWrite) lapWrite = took;
 }
 
 /* Whether there is a result. If not, the operation is counted as failed. */
@@ -186,7 +193,9 @@ static void counterReadDone(request *rq, redisReply *reply, const char *failure)
 
 static void counterWriteDone(request *rq, redisReply *reply, const char *failure) {
     loadKey *k = rq->owner;
-    if (hasResult(rq, reply, failure)) {
+    int taken = hasResult(rq, reply, failure);
+    writeEnded(setOf(rq), taken, nowUs());
+    if (taken) {
         k->acknowledged++;
         /* An increment counts at least those acknowledged before it was sent. */
         if (reply->integer <= rq->expected) phases[rq->phase].stale++;
@@ -194,7 +203,6 @@ static void counterWriteDone(request *rq, redisReply *reply, const char *failure
     } else if (!reply) {
         k->unknown++;
     }
-    due[setOf(rq)]--;
 }
 
 static void pairReadDone(request *rq, redisReply *reply, const char *failure) {
@@ -212,11 +220,12 @@ static void startPairWrite(request *rq);
 
 static void pairWriteDone(request *rq, redisReply *reply, const char *failure) {
     loadKey *k = rq->owner;
-    if (hasResult(rq, reply, failure)) {
+    int taken = hasResult(rq, reply, failure);
+    writeEnded(setOf(rq), taken, nowUs());
+    if (taken) {
         if (rq->expected > k->acknowledged) k->acknowledged = rq->expected;
         succeed(rq);
     }
-    due[setOf(rq)]--;
     k->busy = 0;
     request *next = k->waiting;
     if (next && !stopping) {
@@ -269,7 +278,7 @@ static void operate(int64_t intended) {
     phase *p = &phases[current];
 
     p->started[set][op]++;
-    if (op == OP_WRITE && due[set]++ == 0 && intended > dueSince[set]) dueSince[set] = intended;
+    if (op == OP_WRITE && due[set]++ == 0 && !lastFailed[set] && intended > dueSince[set]) dueSince[set] = intended;
     int64_t late = nowUs() - intended;
     hdr_record_value(p->lag, late < 1 ? 1 : late > LONGEST_US ? LONGEST_US : late);
 
