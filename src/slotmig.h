@@ -100,6 +100,8 @@ void slotmigBeforeEpochRaise(void);                  /* our claim must not win c
 void slotmigClusterReset(void);
 char *slotmigSaveVars(char *conf);                   /* sds in, sds out: our variables for nodes.conf */
 int slotmigLoadVar(const char *name, const char *value); /* 1: it was ours */
+void slotmigConfigDue(int flags);                     /* of clusterDoBeforeSleep() */
+void slotmigSyncFailed(void);                        /* a bio thread's fsync of a file that it closed */
 void slotmigSaveConfig(int durably);                  /* writes nodes.conf, and waits for the disk only where it must */
 void slotmigSlotIsOurs(int slot);
 void slotmigPromoted(struct _clusterNode *old);      /* this replica became the master, the slots are in its map */

@@ -10,7 +10,8 @@
  *
  *   waits        nodes.conf.tmp-... fsync, rename, fsync of the directory: upstream's way
  *   only heard   nodes.conf.heard, fsync by a bio thread, rename if no save came in between (else again), fsync of
- *                the directory by a bio thread. Never a name for bytes that are not on the disk: there are file
+ *                the directory by a bio thread. If something else is to be written in the same turn it is, too, here
+ *                and now and not to the disk, as upstream does. Else never a name for bytes that are not on the disk: there are file
  *                systems on which the loss of power would leave an empty file then.
  *
  * Main thread only; the waiting is done by a bio thread.
@@ -33,6 +34,9 @@ static struct promises {
 static unsigned long long saves;    /* how often the file was written */
 static unsigned long long heard_at; /* that number when what is on its way to the disk was */
 static int hears, hears_more;       /* something is; and there is more since */
+static int writing_heard;
+static int due_now;                 /* somebody wants it written at the end of the turn, on the disk or not */
+static unsigned sync_failures;      /* atomic: a bio thread's */
 
 static struct promises promisesNow(void) {
     struct promises p;
@@ -66,6 +70,17 @@ void slotmigConfigStart(void) {
 /* From slotmigSaveVars(): nodes.conf is being written, by whomever. */
 void slotmigConfigWritten(void) {
     saves++;
+    if (!writing_heard) due_now = 0;
+}
+
+/* From clusterDoBeforeSleep(). */
+void slotmigConfigDue(int flags) {
+    if ((flags & (CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_FSYNC_CONFIG)) == CLUSTER_TODO_SAVE_CONFIG) due_now = 1;
+}
+
+/* On a bio thread: an fsync failed, of nodes.conf, its directory or something else. */
+void slotmigSyncFailed(void) {
+    __atomic_fetch_add(&sync_failures,1,__ATOMIC_RELEASE);
 }
 
 static void dirToDisk(void) {
@@ -90,18 +105,45 @@ void slotmigWriteConfig(int durably) {
     int replaced = openReplaced();
     clusterSaveConfigOrDie(durably);
     closeReplaced(replaced);
-    if (!durably && server.cluster->todo_before_sleep & CLUSTER_TODO_FSYNC_CONFIG) clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG);
+    if (!durably && server.cluster->todo_before_sleep & CLUSTER_TODO_FSYNC_CONFIG)
+        clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_FSYNC_CONFIG);
+}
+
+struct onDisk {
+    unsigned failures;      /* until then */
+    void (*done)(sds id);
+    sds id;
+};
+
+static void onDisk(uint64_t unused, void *ptr) {
+    struct onDisk *d = ptr;
+    UNUSED(unused);
+    /* As upstream: it works now, or the process ends. */
+    if (d->failures != __atomic_load_n(&sync_failures,__ATOMIC_ACQUIRE) || slotmigFailPoint(FP_config_sync_fails) == FAILPOINT_FAIL)
+        slotmigWriteConfig(1);
+    d->done(d->id);
+    zfree(d);
+}
+
+/* A bio thread brings the open `file` and the directory to the disk; then done(id), which gets the sds, on the main thread. */
+static void toDisk(int file, sds id, void (*done)(sds id)) {
+    struct onDisk *d = zmalloc(sizeof(*d));
+    *d = (struct onDisk){ __atomic_load_n(&sync_failures,__ATOMIC_ACQUIRE), done, id };
+    bioCreateCloseJob(file,1,0);
+    dirToDisk();
+    bioCreateCompRq(BIO_WORKER_CLOSE_FILE,onDisk,0,d);
 }
 
 /* Bring nodes.conf, just written, to the disk without the main thread waiting for
  * it; then done(id of the job) is called, on the main thread. `done` gets an sds
  * that it must free. */
-void slotmigConfigToDisk(const char *id, void (*done)(uint64_t unused, void *id)) {
+void slotmigConfigToDisk(const char *id, void (*done)(sds id)) {
     int file = open(server.cluster_configfile,O_RDONLY|O_CLOEXEC);
-    if (file == -1) clusterSaveConfigOrDie(1);      /* then here */
-    else bioCreateCloseJob(file,1,0);
-    dirToDisk();
-    bioCreateCompRq(BIO_WORKER_CLOSE_FILE,done,0,sdsnew(id));
+    if (file == -1) {       /* then here, and the directory once more */
+        clusterSaveConfigOrDie(1);
+        file = open(".",O_RDONLY|O_DIRECTORY|O_CLOEXEC);
+    }
+    toDisk(file,sdsnew(id),done);
 }
 
 /* A take-over's: everybody hears of it at once, and the source, which still has the keys, when it is on the disk. */
@@ -111,40 +153,40 @@ void slotmigClaimNeedNotWait(uint64_t epoch) {
 
 /* ---- what was only heard ---- */
 
-static void heardIsOnDisk(uint64_t unused, void *none);
+static void heardIsOnDisk(sds none);
 
 /* 0: it could not be done. */
 static int writeHeard(void) {
     char heard[PATH_MAX], *real = server.cluster_configfile;
     heardName(heard);
     int due = server.cluster->todo_before_sleep;
+    writing_heard = 1;
     server.cluster_configfile = heard;
     int res = clusterSaveConfig(0), file = res == -1 ? -1 : open(heard,O_RDONLY|O_CLOEXEC);
     server.cluster_configfile = real;
+    writing_heard = 0;
     clusterDoBeforeSleep(due);      /* this was not the save that is */
     if (file == -1) return 0;
     heard_at = saves;
     hears = 1;
     hears_more = 0;
-    bioCreateCloseJob(file,1,0);
-    bioCreateCompRq(BIO_WORKER_CLOSE_FILE,heardIsOnDisk,0,sdsempty());
+    toDisk(file,NULL,heardIsOnDisk);
     return 1;
 }
 
-static void heardIsOnDisk(uint64_t unused, void *none) {
+static void heardIsOnDisk(sds none) {
     char heard[PATH_MAX];
-    UNUSED(unused);
-    sdsfree(none);
+    UNUSED(none);
+    int newer = heard_at != saves;      /* than that is nodes.conf by now, and has it all */
     hears = 0;
-    if (hears_more || heard_at != saves) {      /* it is an older one by now */
-        if (!writeHeard()) slotmigWriteConfig(1);
-        return;
+    if (!newer) {
+        int replaced = openReplaced();
+        heardName(heard);
+        if (rename(heard,server.cluster_configfile) == -1) slotmigWriteConfig(1);
+        else dirToDisk();
+        closeReplaced(replaced);
     }
-    int replaced = openReplaced();
-    heardName(heard);
-    if (rename(heard,server.cluster_configfile) == -1) slotmigWriteConfig(1);
-    else dirToDisk();
-    closeReplaced(replaced);
+    if ((newer || hears_more) && !writeHeard()) slotmigWriteConfig(1);
 }
 
 /* The process exits. 1: something that was heard is not in nodes.conf yet. */
@@ -164,9 +206,9 @@ void slotmigSaveConfig(int durably) {
         slotmigFailPoint(FP_config_waits_for_disk);
         slotmigWriteConfig(1);
         durable = now;
-    } else if (hears) {
-        hears_more = 1;
-    } else if (!writeHeard()) {
-        slotmigWriteConfig(1);
+    } else {
+        if (due_now) slotmigWriteConfig(0);     /* what somebody did in this turn is not forgotten with the process */
+        if (hears) hears_more = 1;
+        else if (!writeHeard()) slotmigWriteConfig(1);
     }
 }

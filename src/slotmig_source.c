@@ -1293,9 +1293,7 @@ static void fenceDown(slotMigJob *job) {
 }
 
 /* nodes.conf with the record is on the disk. */
-static void recordedDurably(uint64_t unused, void *ptr) {
-    UNUSED(unused);
-    sds id = ptr;
+static void recordedDurably(sds id) {
     slotMigJob *job = slotmigFindJob(id);
     sdsfree(id);
     if (job && job->src && job->src->recorded == 1) job->src->recorded = 2;

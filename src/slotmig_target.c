@@ -1289,9 +1289,7 @@ static void tryTaken(slotMigJob *job) {
 }
 
 /* nodes.conf with the new slots is on the disk. */
-static void takenDurably(uint64_t unused, void *ptr) {
-    UNUSED(unused);
-    sds id = ptr;
+static void takenDurably(sds id) {
     slotMigJob *job = slotmigFindJob(id);
     sdsfree(id);
     if (job == NULL || job->state != SLOTMIG_TAKEN) return;     /* CLUSTER RESET meanwhile */
@@ -1370,7 +1368,8 @@ void slotmigRaiseEpoch(void) {
     if (!clusterNodeIsMaster(myself)) return;
     slotmigBeforeEpochRaise();
     myself->configEpoch = ++server.cluster->currentEpoch;
-    clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_FSYNC_CONFIG|CLUSTER_TODO_UPDATE_STATE);
+    slotmigWriteConfig(1);      /* upstream's turn to save is over, and would come when this is told */
+    clusterDoBeforeSleep(CLUSTER_TODO_UPDATE_STATE);
     clusterBroadcastPong(0);
 }
 

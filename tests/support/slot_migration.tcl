@@ -88,7 +88,7 @@ set ::failpoint_names {
     target_before_accept target_before_load target_before_section
     target_before_apply target_before_prepared target_prepared target_before_takeover
     target_after_takeover source_replica_told target_replica_prepared target_replica_takeover target_cuts_links link_is_lost
-    config_waits_for_disk
+    config_waits_for_disk config_sync_fails
 }
 
 proc failpoints_off {n} {
