@@ -100,9 +100,9 @@ void slotmigBeforeEpochRaise(void);                  /* our claim must not win c
 void slotmigClusterReset(void);
 char *slotmigSaveVars(char *conf);                   /* sds in, sds out: our variables for nodes.conf */
 int slotmigLoadVar(const char *name, const char *value); /* 1: it was ours */
-void slotmigConfigDue(int flags);                     /* of clusterDoBeforeSleep() */
+void slotmigConfigDue(int flags);                    /* of clusterDoBeforeSleep() */
 void slotmigSyncFailed(void);                        /* a bio thread's fsync of a file that it closed */
-void slotmigSaveConfig(int durably);                  /* writes nodes.conf, and waits for the disk only where it must */
+void slotmigSaveConfig(int durably);                 /* writes nodes.conf, and waits for the disk only where it must */
 void slotmigSlotIsOurs(int slot);
 void slotmigPromoted(struct _clusterNode *old);      /* this replica became the master, the slots are in its map */
 int slotmigDefends(int slot, struct _clusterNode *claimant, uint64_t epoch); /* 1: the slot stays ours */

@@ -14,7 +14,7 @@
  *                and now and not to the disk, as upstream does. Else never a name for bytes that are not on the disk: there are file
  *                systems on which the loss of power would leave an empty file then.
  *
- * Main thread only; the waiting is done by a bio thread.
+ * Main thread only, but for slotmigSyncFailed(); the waiting is done by a bio thread.
  *
  * Copyright (c) 2026, the authors. Licensed under the GNU Affero General
  * Public License v3 (AGPLv3), see LICENSE. */
@@ -24,8 +24,6 @@
 #include <fcntl.h>
 #include <libgen.h>
 
-#define NAME_HEARD "%s.heard"
-
 static struct promises {
     char name[CLUSTER_NAMELEN], master[CLUSTER_NAMELEN];
     uint64_t vote, election, claim;
@@ -34,7 +32,6 @@ static struct promises {
 static unsigned long long saves;    /* how often the file was written */
 static unsigned long long heard_at; /* that number when what is on its way to the disk was */
 static int hears, hears_more;       /* something is; and there is more since */
-static int writing_heard;
 static int due_now;                 /* somebody wants it written at the end of the turn, on the disk or not */
 static unsigned sync_failures;      /* atomic: a bio thread's */
 
@@ -56,7 +53,7 @@ void slotmigConfigPromises(void) {
 }
 
 static void heardName(char path[PATH_MAX]) {
-    snprintf(path,PATH_MAX,NAME_HEARD,server.cluster_configfile);
+    snprintf(path,PATH_MAX,"%s.heard",server.cluster_configfile);
 }
 
 /* The first turn after a start: what was read is on the disk. */
@@ -70,7 +67,7 @@ void slotmigConfigStart(void) {
 /* From slotmigSaveVars(): nodes.conf is being written, by whomever. */
 void slotmigConfigWritten(void) {
     saves++;
-    if (!writing_heard) due_now = 0;
+    due_now = 0;
 }
 
 /* From clusterDoBeforeSleep(). */
@@ -103,9 +100,11 @@ static void closeReplaced(int file) {
 /* Here and now. Not durably: if a save that waits is due at the end of this turn, it still is. */
 void slotmigWriteConfig(int durably) {
     int replaced = openReplaced();
+    if (durably) slotmigFailPoint(FP_config_waits_for_disk);
     clusterSaveConfigOrDie(durably);
     closeReplaced(replaced);
-    if (!durably && server.cluster->todo_before_sleep & CLUSTER_TODO_FSYNC_CONFIG)
+    if (durably) durable = promisesNow();
+    else if (server.cluster->todo_before_sleep & CLUSTER_TODO_FSYNC_CONFIG)
         clusterDoBeforeSleep(CLUSTER_TODO_SAVE_CONFIG|CLUSTER_TODO_FSYNC_CONFIG);
 }
 
@@ -119,8 +118,10 @@ static void onDisk(uint64_t unused, void *ptr) {
     struct onDisk *d = ptr;
     UNUSED(unused);
     /* As upstream: it works now, or the process ends. */
-    if (d->failures != __atomic_load_n(&sync_failures,__ATOMIC_ACQUIRE) || slotmigFailPoint(FP_config_sync_fails) == FAILPOINT_FAIL)
+    if (d->failures != __atomic_load_n(&sync_failures,__ATOMIC_ACQUIRE) || slotmigFailPoint(FP_config_sync_fails) == FAILPOINT_FAIL) {
+        serverLog(LL_WARNING,"Something could not be brought to the disk in the background, maybe %s: it is written once more",server.cluster_configfile);
         slotmigWriteConfig(1);
+    }
     d->done(d->id);
     zfree(d);
 }
@@ -159,13 +160,12 @@ static void heardIsOnDisk(sds none);
 static int writeHeard(void) {
     char heard[PATH_MAX], *real = server.cluster_configfile;
     heardName(heard);
-    int due = server.cluster->todo_before_sleep;
-    writing_heard = 1;
+    int due = server.cluster->todo_before_sleep, is_due_now = due_now;
     server.cluster_configfile = heard;
     int res = clusterSaveConfig(0), file = res == -1 ? -1 : open(heard,O_RDONLY|O_CLOEXEC);
     server.cluster_configfile = real;
-    writing_heard = 0;
     clusterDoBeforeSleep(due);      /* this was not the save that is */
+    due_now = is_due_now;
     if (file == -1) return 0;
     heard_at = saves;
     hears = 1;
@@ -203,9 +203,7 @@ void slotmigSaveConfig(int durably) {
     if (!durably) {
         slotmigWriteConfig(0);
     } else if (memcmp(&now,&durable,sizeof(now))) {
-        slotmigFailPoint(FP_config_waits_for_disk);
         slotmigWriteConfig(1);
-        durable = now;
     } else {
         if (due_now) slotmigWriteConfig(0);     /* what somebody did in this turn is not forgotten with the process */
         if (hears) hears_more = 1;

@@ -691,7 +691,8 @@ typedef enum { FAILPOINT_OFF = 0, FAILPOINT_FAIL, FAILPOINT_PAUSE, FAILPOINT_CRA
     X(source_repeats_command) X(source_drops_command) \
     X(target_before_accept) X(target_before_load) X(target_before_section) X(target_before_apply) \
     X(target_before_prepared) X(target_prepared) X(target_before_takeover) X(target_after_takeover) \
-    X(target_replica_prepared) X(target_replica_takeover) X(target_cuts_links) X(target_slow_pages) X(link_is_lost) X(config_waits_for_disk) X(config_sync_fails)
+    X(target_replica_prepared) X(target_replica_takeover) X(target_cuts_links) X(target_slow_pages) X(link_is_lost) \
+    X(config_waits_for_disk) X(config_sync_fails)
 #define X(name) FP_##name,
 typedef enum { SLOTMIG_FAILPOINTS(X) FP_COUNT } failPoint;
 #undef X

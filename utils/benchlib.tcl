@@ -38,6 +38,7 @@ proc clean {} {
     }
     stop_cluster
     if {$::work ne ""} {file delete -force $::work}
+    if {[info exists ::aside]} {file delete -force $::aside}
     set ::work ""
 }
 

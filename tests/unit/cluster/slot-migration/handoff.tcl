@@ -59,16 +59,16 @@ start_cluster 3 0 {tags {external:skip cluster}} {
                 fail "node $n: [glob -nocomplain $dir/nodes.conf*], [read_file $dir/nodes.conf]"
             }
         }
+        R 1 cluster bumpepoch
+        wait_for_condition 500 10 {[reached 1 config_waits_for_disk] > 0} else {fail "an epoch of its own, and it did not wait"}
+        assert_equal 0 [reached 0 config_waits_for_disk]
         # Where the background could not, it is done again in the foreground.
         foreach n {0 2} {failpoint $n config_sync_fails fail}
         wait_migrated 2 0 [migrate 2 0 0 99]
         foreach n {0 2} {
-            assert_morethan [reached $n config_sync_fails] 0
+            assert_morethan [reached $n config_waits_for_disk] 0
             failpoint $n config_sync_fails off
         }
-        R 1 cluster bumpepoch
-        wait_for_condition 500 10 {[reached 1 config_waits_for_disk] > 0} else {fail "an epoch of its own, and it did not wait"}
-        assert_equal 0 [reached 0 config_waits_for_disk]
         foreach n {0 1 2} {failpoint $n config_waits_for_disk off}
     }
 

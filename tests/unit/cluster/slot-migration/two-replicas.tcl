@@ -117,6 +117,21 @@ proc wait_ended {from to id} {
 }
 
 # No replica leaves its shard for one that has lost its own.
+# The job, whose target's replicas are prepared both, and `old` is cut off from then on: {from to old new id}.
+proc cut_off_prepared {} {
+    lassign [begin] from to
+    lassign [replicas_of [expr {$to%3}]] old new
+    failpoint $from source_before_commit pause
+    set id [start_job $from $to waitreplicas 1]
+    foreach n [list $old $new] {
+        wait_for_condition 2000 10 {![catch {job_field $n $id state} state] && $state eq "prepared"} else {fail "node $n: $state"}
+    }
+    R $old config set masterauth wrong
+    R $to client kill type replica
+    wait_for_condition 2000 10 {[status [Rn $new] master_link_status] eq "up" && [status [Rn $to] connected_slaves] == 1} else {fail [R $to info replication]}
+    return [list $from $to $old $new $id]
+}
+
 start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless-sync-delay 0 cluster-migration-barrier 10}} {
     foreach wait {0 1 2} {
         test "Of two replicas of the target $wait must have the slots: WAITREPLICAS, with one that does not prepare" {
@@ -392,16 +407,7 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
 
     # It does not know which attempt was taken over: its master's epoch is of something else since.
     test "A replica that was prepared for the attempt that was taken over, and cannot tell, asks the source and has the slots" {
-        lassign [begin] from to
-        lassign [replicas_of [expr {$to%3}]] old new
-        failpoint $from source_before_commit pause
-        set id [start_job $from $to waitreplicas 1]
-        foreach n [list $old $new] {
-            wait_for_condition 2000 10 {![catch {job_field $n $id state} state] && $state eq "prepared"} else {fail "node $n: $state"}
-        }
-        R $old config set masterauth wrong
-        R $to client kill type replica
-        wait_for_condition 2000 10 {[status [Rn $new] master_link_status] eq "up" && [status [Rn $to] connected_slaves] == 1} else {fail [R $to info replication]}
+        lassign [cut_off_prepared] from to old new id
         set before [slots_dump $from $::slots]
         failpoint $to target_after_takeover pause
         failpoint $from source_before_commit off
@@ -425,16 +431,7 @@ start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless
 
     # The last one here: restarted nodes that lost their last slot to another shard join that one.
     test "A replica that was prepared for an older attempt than the one taken over does not serve what it has" {
-        lassign [begin] from to
-        lassign [replicas_of [expr {$to%3}]] old new
-        failpoint $from source_before_commit pause
-        set id [start_job $from $to waitreplicas 1]
-        foreach n [list $old $new] {
-            wait_for_condition 2000 10 {![catch {job_field $n $id state} state] && $state eq "prepared"} else {fail "node $n: $state"}
-        }
-        R $old config set masterauth wrong
-        R $to client kill type replica
-        wait_for_condition 2000 10 {[status [Rn $new] master_link_status] eq "up" && [status [Rn $to] connected_slaves] == 1} else {fail [R $to info replication]}
+        lassign [cut_off_prepared] from to old new id
         failpoint $from source_before_commit fail
         wait_for_condition 2000 10 {[job_field $from $id attempt] >= 2} else {fail [job $from $id]}
         R $from set [key_in 5 later] yes
