@@ -126,7 +126,7 @@ static void sendOps(slotMigJob *job, sds f, uint32_t count, int more) {
     f[OPS_MORE_AT] = more;
     for (int i = 0; i < 4; i++) f[OPS_COUNT_AT+i] = count >> (8*i);
     size_t bytes = sdslen(f);
-    slotmigLinkSend(slotmigSourceStream(job),f);
+    slotmigLinkGather(slotmigSourceStream(job),f);
     slotmigSourceWrote(job,bytes);
 }
 

@@ -580,7 +580,6 @@ void slotmigBeforeSleep(void) {
         turnEnds();
         return;
     }
-    slotMigWork was = slotmigWork(WORK_frames);
     listIter li;
     listNode *ln;
     slotmigSourceBeforeSleep();
@@ -589,10 +588,9 @@ void slotmigBeforeSleep(void) {
     while ((ln = listNext(&li)) != NULL) {
         slotMigJob *job = listNodeValue(ln);
         slotMigLink *l = job->src ? slotmigSourceStream(job) : slotmigTargetStream(job);
-        if (l && listLength(l->out)) slotmigLinkFlush(l);
+        if (l) slotmigLinkTurn(l);
     }
-    slotmigWork(was);
-    if (was == WORK_none) turnEnds();
+    if (turn.now == WORK_none) turnEnds();
 }
 
 /* A job that is past the point where this node may end it alone. */

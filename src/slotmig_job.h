@@ -250,6 +250,7 @@ struct slotMigLink {
     sds in;                             /* received, not yet a whole frame */
     list *out;                          /* sds, to be written */
     size_t out_bytes, out_sent;         /* waiting in `out`; of its first element already written */
+    monotime due;                       /* when `out` has to be written; 0: at the end of the turn */
     mstime_t last_read, last_write;
     int stopped_full, stopped_busy;     /* we do not read: no room; inside a command that yields */
     int broken;                         /* a write failed, the next tick closes it */
@@ -265,6 +266,8 @@ sds slotmigFrameStart(int type);
 sds slotmigFrameInt(sds f, uint64_t v, int bytes);
 unsigned char *slotmigPutInt(unsigned char *p, uint64_t v, int bytes);  /* the same into memory; behind it */
 void slotmigLinkSend(slotMigLink *l, sds frame);    /* takes the frame */
+void slotmigLinkGather(slotMigLink *l, sds frame);
+void slotmigLinkTurn(slotMigLink *l);
 void slotmigLinkFlush(slotMigLink *l);
 void slotmigLinkStopReading(slotMigLink *l, int stop);
 void slotmigLinkSendLine(slotMigLink *l, sds line);

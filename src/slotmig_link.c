@@ -31,6 +31,8 @@ void keepClientInMainThread(client *c);     /* iothread.c */
 #define READ_CHUNK (64*1024)
 #define READ_TURN (64*1024)             /* taken from a link in one turn of the event loop: applying it stays under about a millisecond */
 #define READ_LARGE (1024*1024)          /* at once, when a single frame is larger than a chunk */
+#define GATHER_MS 2                     /* that the commands of a stream may wait for more of them, */
+#define GATHER_BYTES (16*1024)          /* unless there are so many: each write wakes the target */
 #define FREE_LARGE (1024*1024)          /* bytes that are freed in the background */
 #define ALIVE_PERIOD 200                /* ms without a word after which we send ALIVE */
 #define ANSWER_MAX (64*1024)            /* of an answer to a dial */
@@ -83,12 +85,7 @@ static void linkClose(slotMigLink *l, const char *why) {
     l->onClose(l->job,why);
 }
 
-static void linkWriteHandler(connection *conn) {
-    slotMigLink *l = connGetPrivateData(conn);
-    slotMigWork was = slotmigWork(WORK_frames);
-    slotmigLinkFlush(l);
-    slotmigWork(was);
-}
+static void linkWriteHandler(connection *conn);
 
 /* Write what waits. An error is noted, and the link closed by the next tick:
  * the caller may be anywhere. */
@@ -112,12 +109,22 @@ void slotmigLinkFlush(slotMigLink *l) {
     connSetWriteHandler(l->conn,listLength(l->out) && !l->broken ? linkWriteHandler : NULL);
 }
 
+static void flushTimed(slotMigLink *l) {
+    slotMigWork was = slotmigWork(WORK_frames);
+    slotmigLinkFlush(l);
+    slotmigWork(was);
+}
+
+static void linkWriteHandler(connection *conn) {
+    flushTimed(connGetPrivateData(conn));
+}
+
 /* Append to the output; it leaves the node when the turn of the event loop ends
- * (slotmigBeforeSleep) so that many small frames go in one write. */
+ * (slotmigLinkTurn) so that many small frames go in one write. */
 static void linkAppend(slotMigLink *l, sds chunk) {
     listNode *last = listLast(l->out);
     l->out_bytes += sdslen(chunk);
-    if (last && last != listFirst(l->out) && sdslen(listNodeValue(last)) + sdslen(chunk) < READ_CHUNK) {
+    if (last && sdslen(listNodeValue(last)) + sdslen(chunk) < READ_CHUNK) {
         listNodeValue(last) = sdscatsds(listNodeValue(last),chunk);
         sdsfree(chunk);
     } else {
@@ -128,6 +135,29 @@ static void linkAppend(slotMigLink *l, sds chunk) {
 void slotmigLinkSend(slotMigLink *l, sds frame) {
     frameFinish(frame);
     linkAppend(l,frame);
+    l->due = 0;
+}
+
+/* The same for a frame that need not go at once, if nothing else has to. */
+void slotmigLinkGather(slotMigLink *l, sds frame) {
+    if (listLength(l->out) == 0) l->due = getMonotonicUs()+GATHER_MS*1000;
+    frameFinish(frame);
+    linkAppend(l,frame);
+}
+
+static int gathering;
+
+static int gatheredLongEnough(struct aeEventLoop *el, long long id, void *data) {
+    UNUSED(el); UNUSED(id); UNUSED(data);
+    gathering = 0;
+    return AE_NOMORE;       /* it has made a turn, at the end of which they go */
+}
+
+/* At the end of a turn: write what is not to wait any more. */
+void slotmigLinkTurn(slotMigLink *l) {
+    if (listLength(l->out) == 0) return;
+    if (l->out_bytes >= GATHER_BYTES || l->due <= getMonotonicUs()) flushTimed(l);
+    else if (!gathering) gathering = aeCreateTimeEvent(server.el,GATHER_MS,gatheredLongEnough,NULL,NULL) != AE_ERR;
 }
 
 /* The line that answers the peer's command, before any frame. Takes it. */

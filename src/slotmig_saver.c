@@ -462,7 +462,9 @@ void slotmigThawedTurn(void) {
     let_through = 0;    /* they had theirs, earlier in this turn */
     if (!cron_waits || frozen.count) return;
     cron_waits = 0;
+    slotMigWork was = slotmigWork(WORK_freeze);
     databasesCron();
+    slotmigWork(was);
 }
 
 /* Waits until nothing is frozen: less than a slot's time and a batch's. */

@@ -756,7 +756,8 @@ void slotmigSourceBeforeSleep(void) {
     while ((ln = listNext(&li)) != NULL) {
         slotMigJob *job = listNodeValue(ln);
         slotMigSource *s = job->src;
-        if (s == NULL) continue;
+        if (s == NULL || (!s->stream_client && !s->snapshot_client)) continue;
+        slotMigWork was = slotmigWork(WORK_frames);
         sds line = sdscatprintf(sdsempty(),"+SLOTMIG %d %.40s %lld\r\n",SLOTMIG_PROTOCOL,server.replid,s->agreed);
         if (s->stream_client) {
             connection *conn = slotmigTakeConnection(&s->stream_client);
@@ -771,6 +772,7 @@ void slotmigSourceBeforeSleep(void) {
             connWrite(s->snapshot,line,sdslen(line));
         }
         sdsfree(line);
+        slotmigWork(was);
     }
 }
 
@@ -1148,10 +1150,9 @@ static void startSaver(slotMigJob *job) {
 
 #define FEW_LARGE 16        /* slots that the thread tries once more, with more time, instead of a fork */
 
-/* The next batch, if the saver is through with the last one. */
+/* The next batch: the saver is through with the last one. */
 static void saverTurn(slotMigJob *job) {
     slotMigSource *s = job->src;
-    if (slotmigSaverState(s->saver) != 1 || s->saver_at_end) return;
     slotmigSaverCollect(s->saver,&s->left,&s->large,&s->modules);
     if (fences || job->control.paused || !slotmigMayFreeze() || slotmigFailPoint(FP_source_in_child) == FAILPOINT_PAUSE) return;
     if (s->left.count + s->modules.count == 0 && s->large.count && s->large.count <= FEW_LARGE && slotmigSaverTakesLonger(s->saver)) {
@@ -1185,14 +1186,15 @@ void slotmigFreezeTurn(void) {
     listIter li;
     listNode *ln;
     if (slotmigMustNotExecute()) return;
-    slotMigWork was = slotmigWork(WORK_freeze);
     slotmigThawedTurn();
     listRewind(slotmig_jobs,&li);
     while ((ln = listNext(&li)) != NULL) {
         slotMigJob *job = listNodeValue(ln);
-        if (job->src && job->src->saver) saverTurn(job);
+        if (job->src == NULL || job->src->saver == NULL || job->src->saver_at_end || slotmigSaverState(job->src->saver) != 1) continue;
+        slotMigWork was = slotmigWork(WORK_freeze);
+        saverTurn(job);
+        slotmigWork(was);
     }
-    slotmigWork(was);
 }
 
 static sds forkedBecause(const slotMigSource *s) {
@@ -2163,6 +2165,7 @@ void slotmigSourceAfterChild(void) {
     listNode *ln;
     if (!waits_for_child || hasActiveChildProcess() || slotmigMustNotExecute()) return;
     waits_for_child = 0;
+    slotMigWork was = slotmigWork(WORK_frames);
     listRewind(slotmig_jobs,&li);
     while ((ln = listNext(&li)) != NULL) {
         slotMigJob *job = listNodeValue(ln);
@@ -2170,6 +2173,7 @@ void slotmigSourceAfterChild(void) {
         if (mayFork(job)) startSnapshots();
         break;
     }
+    slotmigWork(was);
 }
 
 void slotmigSourceStep(slotMigJob *job) {
