@@ -638,10 +638,10 @@ static void attach(slotRdbLoad *l, slotRdbLoaded *s, redisDb *db, int rdbflags, 
         if ((*empty_keys)++ < EMPTY_KEYS_LOGGED && i < EMPTY_KEYS_LOGGED)
             serverLog(LL_NOTICE,"rdbLoadObject skipping empty key: %s",s->empty[i]);
     tellExpired(s,db,rdbflags);
-    for (size_t i = 0; i < section->nfield_expiry; i++) {
-        robj *hash = dictGetVal(section->field_expiry[i]);
-        hashTypeAddToExpires(db,dictGetKey(section->field_expiry[i]),hash,hashTypeGetMinExpire(hash,1));
-        if (i % LOAD_EVENTS_CHECK == LOAD_EVENTS_CHECK-1) handleEvents(l);
+    for (size_t i = 0, n; i < section->nfield_expiry; i += n) {
+        if (i) handleEvents(l);
+        n = section->nfield_expiry-i < LOAD_EVENTS_CHECK ? section->nfield_expiry-i : LOAD_EVENTS_CHECK;
+        slotmigRegisterHashes(db,section->field_expiry+i,n);
     }
     if (section->nkeys) kvstoreMoveDict(section->keys,0,db->keys,section->slot);
     if (section->nexpires) kvstoreMoveDict(section->expires,0,db->expires,section->slot);

@@ -131,6 +131,9 @@ int slotmigFreesLater(struct redisObject *key, struct redisObject *o, int later)
 unsigned slotmigEbTag(void *eb);
 void **slotmigEbOwner(void **eb, unsigned tag);
 
+/* ---- ebuckets_slotmig.c, part of ebuckets.c ---- */
+void *slotmigEbFirst(void *eb, uint64_t when);      /* NULL: not known */
+
 /* ---- kvstore_slotmig.c, part of kvstore.c ---- */
 void kvstoreMoveDict(struct _kvstore *src, int sidx, struct _kvstore *dst, int didx);
 void kvstoreMoveAll(struct _kvstore *src, struct _kvstore *dst);

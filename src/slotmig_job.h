@@ -574,7 +574,7 @@ typedef struct slotMigLimbo slotMigLimbo;
 slotMigShadow *slotmigShadowCreate(void);           /* NULL: too many at a time */
 redisDb *slotmigShadowDb(slotMigShadow *s);
 void slotmigShadowAttach(slotMigShadow *s, int slot, kvstore *keys, kvstore *expires);
-void slotmigShadowRegister(slotMigShadow *s, dictEntry *hash);
+void slotmigRegisterHashes(redisDb *db, dictEntry **hashes, size_t n);
 int slotmigShadowAdd(slotMigShadow *s, int slot, sds key, robj *o, long long expire);
 unsigned long long slotmigShadowMerge(slotMigShadow *s);
 void slotmigShadowEmpty(slotMigShadow *s);

@@ -311,10 +311,7 @@ static void putSlot(slotMigSection *s, slotMigLimbo **limbo) {
     unsigned long long replaced = *limbo ? slotmigLimboTake(*limbo,s->slot) : 0;
     if (kvstoreSize(s->keys)) kvstoreMoveDict(s->keys,0,db->keys,s->slot);
     if (kvstoreSize(s->expires)) kvstoreMoveDict(s->expires,0,db->expires,s->slot);
-    for (size_t i = 0; i < s->nfield_expiry; i++) {
-        robj *o = dictGetVal(s->field_expiry[i]);
-        hashTypeAddToExpires(db,dictGetKey(s->field_expiry[i]),o,hashTypeGetMinExpire(o,1));
-    }
+    slotmigRegisterHashes(db,s->field_expiry,s->nfield_expiry);
     slotmigAofSlotBack(s->slot);        /* the transaction tells */
     propagate(s->slot,replaced != 0,s->commands);
     slotmigTouchWatchedKeys(&one);

@@ -54,11 +54,11 @@
 #define QUEUE_FORGETS 2000          /* ms without a question after which a source has no place in the queue */
 #define ACK_PERIOD 50               /* ms between two words about progress, while the snapshot is loaded */
 #define ACK_PERIOD_SHORT 5          /* then: by them the source knows when to hand off */
+#define REGISTER_CHECK 16           /* hashes registered between two looks at the clock */
 #define ASK_PERIOD 200              /* ms between two questions to a silent source */
 #define QUEUE_LIMITS 4              /* buffer limits of queued commands past which the stream is not read */
 #define FREE_LARGE (64*1024)        /* bytes of a value that are not freed on the main thread */
 #define PREPARED_SLOT 18            /* bytes of a slot in PREPARED */
-#define REGISTER_CHECK 16           /* hashes registered between two looks at the clock */
 #define CHECK_PERIOD 10             /* ms between two looks at what must hold */
 #define ECHO_PERIOD 100             /* ms between two requests for the masters' epochs */
 #define RELAY_CHUNK (32*1024)       /* bytes of the snapshot in one word to the replicas */
@@ -863,8 +863,11 @@ static int registerStep(slotMigJob *job, monotime until) {
     slotMigTarget *t = job->tgt;
     slotMigSection *s = t->registering;
     while (s->registered < s->nfield_expiry) {
-        slotmigShadowRegister(t->shadow,s->field_expiry[s->registered++]);
-        if (s->registered % REGISTER_CHECK == 0 && getMonotonicUs() >= until) return 0;
+        size_t n = s->nfield_expiry - s->registered;
+        if (n > REGISTER_CHECK) n = REGISTER_CHECK;
+        slotmigRegisterHashes(slotmigShadowDb(t->shadow),s->field_expiry+s->registered,n);
+        s->registered += n;
+        if (getMonotonicUs() >= until) return 0;
     }
     while (s->decoded < s->nraw) {
         slotMigRawValue *v = s->raw+s->decoded;
