@@ -355,6 +355,7 @@ slotMigWork slotmigWork(slotMigWork what) {
 static void turnEnds(void) {
     long long sum = 0;
     slotMigWork most = WORK_none;
+    turn.slice_end = 0;     /* also what was begun by a command of the master, which no work marks */
     if (!turn.any) return;
     for (int i = 1; i < WORK_COUNT; i++) {
         sum += turn.ns[i];
@@ -368,7 +369,6 @@ static void turnEnds(void) {
     if (turn.us > longest_turn.us) longest_turn.us = turn.us;
     latencyAddSampleIfNeeded("slot-migration",(mstime_t)(turn.us/1000));
     memset(turn.ns,0,sizeof(turn.ns));
-    turn.slice_end = 0;
     turn.us = 0;
     turn.any = 0;
 }
@@ -556,7 +556,7 @@ unsigned long long slotmigProcessorTime(void) {
     return (unsigned long long)t.tv_sec*1000000 + t.tv_nsec/1000;
 }
 
-/* The end of a turn: take over connections, send what was framed in it. */
+/* The end of a turn: take over connections, send what was framed in it and need not wait for more. */
 void slotmigBeforeSleep(void) {
     static int started;
     slotmigBusTurn();

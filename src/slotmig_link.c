@@ -119,8 +119,8 @@ static void linkWriteHandler(connection *conn) {
     flushTimed(connGetPrivateData(conn));
 }
 
-/* Append to the output; it leaves the node when the turn of the event loop ends
- * (slotmigLinkTurn) so that many small frames go in one write. */
+/* Append to the output; it leaves the node at the end of this turn of the event loop or of a later one
+ * (slotmigLinkTurn), so that many small frames go in one write. */
 static void linkAppend(slotMigLink *l, sds chunk) {
     listNode *last = listLast(l->out);
     l->out_bytes += sdslen(chunk);
@@ -153,11 +153,12 @@ static int gatheredLongEnough(struct aeEventLoop *el, long long id, void *data) 
     return AE_NOMORE;       /* it has made a turn, at the end of which they go */
 }
 
-/* At the end of a turn: write what is not to wait any more. */
+/* Write what is not to wait any more. */
 void slotmigLinkTurn(slotMigLink *l) {
     if (listLength(l->out) == 0) return;
-    if (l->out_bytes >= GATHER_BYTES || l->due <= getMonotonicUs()) flushTimed(l);
-    else if (!gathering) gathering = aeCreateTimeEvent(server.el,GATHER_MS,gatheredLongEnough,NULL,NULL) != AE_ERR;
+    monotime now = getMonotonicUs();
+    if (l->out_bytes >= GATHER_BYTES || l->due <= now) flushTimed(l);
+    else if (!gathering) gathering = aeCreateTimeEvent(server.el,(l->due-now+999)/1000,gatheredLongEnough,NULL,NULL) != AE_ERR;
 }
 
 /* The line that answers the peer's command, before any frame. Takes it. */
@@ -303,7 +304,7 @@ void slotmigLinkTick(slotMigLink *l) {
     }
     if (server.mstime - l->last_write > ALIVE_PERIOD && listLength(l->out) == 0)
         slotmigLinkSend(l,slotmigFrameStart(FRAME_ALIVE));
-    slotmigLinkFlush(l);
+    slotmigLinkTurn(l);
     /* What the peer said before it closed is there still: why it did. */
     if (l->broken && !l->stopped_full && !callHandler(l->conn,linkReadHandler)) return;
     if (l->broken || slotmigFailPoint(FP_link_is_lost) == FAILPOINT_FAIL)

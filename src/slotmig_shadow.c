@@ -214,7 +214,7 @@ static void registerSome(redisDb *db, dictEntry **hashes, int n) {
     for (int i = 0; i < n; i++) hashTypeAddToExpires(db,dictGetKey(hashes[i]),dictGetVal(hashes[i]),when[i]);
 }
 
-/* Hashes with field TTLs, which are in the database's (or a shadow's) keys already. */
+/* Hashes with field TTLs, which have their keys. The database may be a shadow's. */
 void slotmigRegisterHashes(redisDb *db, dictEntry **hashes, size_t n) {
     for (size_t i = 0; i < n; i += AT_ONCE) registerSome(db,hashes+i,n-i < AT_ONCE ? n-i : AT_ONCE);
 }

@@ -1936,7 +1936,9 @@ static int nextSnapshot(slotMigJob *job) {
 void slotmigReplicaOps(slotMigJob *job, const char *p, size_t len) {
     frameReader r = { (const unsigned char*)p, (const unsigned char*)p+len, 0 };
     job->tgt->ops_bytes += len+FRAME_HEADER;
+    slotMigWork was = slotmigWork(WORK_apply);
     gotOps(job,&r);
+    slotmigWork(was);
     if (r.bad && !slotmigEnded(job)) failTarget(job,sdsnew("the master sent something that is not understood"));
 }
 
