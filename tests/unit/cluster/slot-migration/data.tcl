@@ -139,6 +139,39 @@ start_cluster 3 0 {tags {external:skip cluster}} {
         }
     }
 
+    test "Hundreds of hashes whose fields expire at few times, or each at its own" {
+        fresh
+        set begin [expr {[clock milliseconds]+100000000}]
+        set times {}
+        foreach slot $slots {
+            for {set i 0} {$i < 150} {incr i} {
+                set key [key_in $slot hash:$i]
+                R 0 hset $key f 1 g 2
+                if {$i%10 == 0} {for {set f 0} {$f < 600} {incr f} {lappend more f$f $f}; R 0 hset $key {*}$more; unset more}
+                set when [expr {$i%3 ? $begin+$i%3 : $begin-1000+($i*7919)%2000}]
+                R 0 hpexpireat $key $when fields 1 f
+                dict set times $key $when
+            }
+        }
+        move_slots 0 2 0 200
+        dict for {key when} $times {assert_equal "$key $when" "$key [R 2 hpexpiretime $key fields 1 f]"}
+        assert_equal [dict size $times] [keyspace_field 2 subexpiry]
+        # Each is found again in its place.
+        set n 0
+        dict for {key when} $times {
+            switch [expr {[incr n]%3}] {
+                0 {R 2 del $key}
+                1 {R 2 hpersist $key fields 1 f}
+                2 {R 2 hpexpire $key 1 fields 1 f}
+            }
+        }
+        wait_for_condition 500 10 {[keyspace_field 2 subexpiry] == 0} else {fail "fields stay: [R 2 info keyspace]"}
+        set n 0
+        dict for {key when} $times {
+            assert_equal "$key [expr {[incr n]%3 == 1}]" "$key [R 2 hexists $key f]"
+        }
+    }
+
     test "A key and a field that expired before they were moved are gone at both nodes" {
         fresh
         foreach n {0 2} {R $n debug set-active-expire 0}
