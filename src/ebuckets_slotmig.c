@@ -6,7 +6,7 @@
  * Public License v3 (AGPLv3), see LICENSE. */
 
 /* The first item of the bucket into which one that expires at `when` would come, or NULL: there is
- * no tree yet, or no such bucket. */
+ * no tree yet, or no such bucket. Only until the next change of `eb`; whoever may change it may call. */
 eItem slotmigEbFirst(ebuckets eb, uint64_t when) {
     unsigned char key[EB_KEY_SIZE];
     raxIterator it;

@@ -266,8 +266,8 @@ sds slotmigFrameStart(int type);
 sds slotmigFrameInt(sds f, uint64_t v, int bytes);
 unsigned char *slotmigPutInt(unsigned char *p, uint64_t v, int bytes);  /* the same into memory; behind it */
 void slotmigLinkSend(slotMigLink *l, sds frame);    /* takes the frame */
-void slotmigLinkGather(slotMigLink *l, sds frame);
-void slotmigLinkTurn(slotMigLink *l);
+void slotmigLinkGather(slotMigLink *l, sds frame);  /* the same; it may wait some ms for more of them, or for a slotmigLinkSend() */
+void slotmigLinkTurn(slotMigLink *l);               /* writes what is due; at the end of each turn */
 void slotmigLinkFlush(slotMigLink *l);
 void slotmigLinkStopReading(slotMigLink *l, int stop);
 void slotmigLinkSendLine(slotMigLink *l, sds line);
@@ -574,7 +574,8 @@ typedef struct slotMigLimbo slotMigLimbo;
 slotMigShadow *slotmigShadowCreate(void);           /* NULL: too many at a time */
 redisDb *slotmigShadowDb(slotMigShadow *s);
 void slotmigShadowAttach(slotMigShadow *s, int slot, kvstore *keys, kvstore *expires);
-void slotmigRegisterHashes(redisDb *db, dictEntry **hashes, size_t n);
+#define SLOTMIG_REGISTER_AT_ONCE 16 /* side by side, some 10 us */
+void slotmigRegisterHashes(redisDb *db, dictEntry **hashes, size_t n);     /* for field expiry; main thread */
 int slotmigShadowAdd(slotMigShadow *s, int slot, sds key, robj *o, long long expire);
 unsigned long long slotmigShadowMerge(slotMigShadow *s);
 void slotmigShadowEmpty(slotMigShadow *s);

@@ -37,7 +37,6 @@
 #include "bio.h"
 
 #define SHADOWS 8           /* userData has 3 bits; 0 is the database's own */
-#define AT_ONCE 16          /* hashes that are registered side by side */
 #define DRAIN_CHECK 64      /* hashes moved between two looks at the clock */
 #define LIMBO_CHECK 16      /* buckets of keys looked at, the same */
 
@@ -180,7 +179,7 @@ static void prefetchMeta(const robj *hash) {
 /* An item's way into its bucket leads past up to 15 others, each behind a pointer to a pointer: memory
  * that is waited for three times an item. So all of `n` go their ways together, a step of each at a time. */
 static void prefetchWays(ebuckets eb, const uint64_t *when, int n) {
-    struct { robj *at; uint64_t when; int left; } way[AT_ONCE];
+    struct { robj *at; uint64_t when; int left; } way[SLOTMIG_REGISTER_AT_ONCE];
     int ways = 0;
     for (int i = 0; i < n; i++) {
         robj *first = when[i] <= EB_EXPIRE_TIME_MAX ? slotmigEbFirst(eb,when[i]) : NULL;
@@ -205,7 +204,7 @@ static void prefetchWays(ebuckets eb, const uint64_t *when, int n) {
 }
 
 static void registerSome(redisDb *db, dictEntry **hashes, int n) {
-    uint64_t when[AT_ONCE];
+    uint64_t when[SLOTMIG_REGISTER_AT_ONCE];
     for (int i = 0; i < n; i++) __builtin_prefetch(hashes[i]);
     for (int i = 0; i < n; i++) __builtin_prefetch(dictGetVal(hashes[i]));
     for (int i = 0; i < n; i++) prefetchMeta(dictGetVal(hashes[i]));
@@ -216,7 +215,7 @@ static void registerSome(redisDb *db, dictEntry **hashes, int n) {
 
 /* Hashes with field TTLs, which have their keys. The database may be a shadow's. */
 void slotmigRegisterHashes(redisDb *db, dictEntry **hashes, size_t n) {
-    for (size_t i = 0; i < n; i += AT_ONCE) registerSome(db,hashes+i,n-i < AT_ONCE ? n-i : AT_ONCE);
+    for (size_t i = 0; i < n; i += SLOTMIG_REGISTER_AT_ONCE) registerSome(db,hashes+i,n-i < SLOTMIG_REGISTER_AT_ONCE ? n-i : SLOTMIG_REGISTER_AT_ONCE);
 }
 
 /* Add a key to a slot that is attached. Takes the key and the value; C_ERR: the

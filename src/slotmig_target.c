@@ -54,7 +54,6 @@
 #define QUEUE_FORGETS 2000          /* ms without a question after which a source has no place in the queue */
 #define ACK_PERIOD 50               /* ms between two words about progress, while the snapshot is loaded */
 #define ACK_PERIOD_SHORT 5          /* then: by them the source knows when to hand off */
-#define REGISTER_CHECK 16           /* hashes registered between two looks at the clock */
 #define ASK_PERIOD 200              /* ms between two questions to a silent source */
 #define QUEUE_LIMITS 4              /* buffer limits of queued commands past which the stream is not read */
 #define FREE_LARGE (64*1024)        /* bytes of a value that are not freed on the main thread */
@@ -864,7 +863,7 @@ static int registerStep(slotMigJob *job, monotime until) {
     slotMigSection *s = t->registering;
     while (s->registered < s->nfield_expiry) {
         size_t n = s->nfield_expiry - s->registered;
-        if (n > REGISTER_CHECK) n = REGISTER_CHECK;
+        if (n > SLOTMIG_REGISTER_AT_ONCE) n = SLOTMIG_REGISTER_AT_ONCE;     /* between two looks at the clock */
         slotmigRegisterHashes(slotmigShadowDb(t->shadow),s->field_expiry+s->registered,n);
         s->registered += n;
         if (getMonotonicUs() >= until) return 0;

@@ -116,7 +116,6 @@ proc wait_ended {from to id} {
     wait_job_ended $to $id
 }
 
-# No replica leaves its shard for one that has lost its own.
 # The job, whose target's replicas are prepared both, and `old` is cut off from then on: {from to old new id}.
 proc cut_off_prepared {} {
     lassign [begin] from to
@@ -132,6 +131,7 @@ proc cut_off_prepared {} {
     return [list $from $to $old $new $id]
 }
 
+# No replica leaves its shard for one that has lost its own.
 start_cluster 3 6 {tags {external:skip cluster} overrides {save "" repl-diskless-sync-delay 0 cluster-migration-barrier 10}} {
     foreach wait {0 1 2} {
         test "Of two replicas of the target $wait must have the slots: WAITREPLICAS, with one that does not prepare" {
